@@ -1,0 +1,156 @@
+"""The data that flows through a concept bottleneck model, and the shape legend of the package.
+
+Shape letters: ``B`` batch, ``K`` concepts, ``L`` classes, ``D`` feature width, ``N`` tokens, ``H W`` pixels,
+``h w`` grid cells, ``G`` groups, ``S`` samples, ``T`` time, ``V`` width of what the head reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+"""One batch: ``image [B,C,H,W]`` (or ``embedding [B,D]``, ``tokens [B,N,D]``), ``concepts [B,K]`` with NaN where not
+annotated, ``label [B]``, optional ``concept_masks [B,K,H,W]``, ``certainty [B,K]``, ``group [B]``, ``index [B]``."""
+
+
+class FeatureDims(NamedTuple):
+    """What a backbone promises about its `Features`, so that no user ever types a width.
+
+    Attributes:
+        pooled: Width of the pooled vector.
+        tokens: Width of a token, or None if the backbone has no tokens. Differs from ``pooled`` in many models.
+        grid: ``(h, w)`` of the tokens at the backbone's own input size, or None.
+    """
+
+    pooled: int
+    tokens: int | None = None
+    grid: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a backbone makes of an input.
+
+    Attributes:
+        pooled: ``[B, Dp]``, one vector an input.
+        tokens: ``[B, N, Dt]``, patch tokens or the cells of a feature map in raster order, without prefix tokens.
+        mask: ``[B, N]`` bool, True where a token is real (padding is False); None means all are real.
+        grid: ``(h, w)`` with ``h * w == N`` for images, ``(t, h, w)`` for videos.
+    """
+
+    pooled: Tensor
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    grid: tuple[int, ...] | None = None
+
+
+class ValueLayout(NamedTuple):
+    """How a bottleneck lays out what the head reads: ``K`` blocks of ``width`` numbers, then ``extra`` free ones.
+
+    Attributes:
+        concepts: Number of concepts ``K``.
+        width: Numbers a concept (1 for scalar bottlenecks, the embedding size for embedding bottlenecks).
+        extra: Trailing dimensions that belong to no concept (hybrid bottlenecks) and are never intervened on.
+    """
+
+    concepts: int
+    width: int = 1
+    extra: int = 0
+
+    @property
+    def size(self) -> int:
+        """``V``, the whole width."""
+        return self.concepts * self.width + self.extra
+
+
+@dataclass(frozen=True)
+class ConceptOutput:
+    """What a bottleneck makes of `Features`. Immutable: an intervention returns a new one.
+
+    Attributes:
+        features: The features it came from, so that an intervention never runs the backbone again.
+        logits: ``[B, K]`` concept scores, for losses.
+        probs: ``[B, K]`` in [0, 1] (the predicted value itself for real-valued concepts), for metrics.
+        values: What the head reads, ``[B, V]``, or ``[S, B, V]``, ``[B, T, V]``, ``[S, B, T, V]`` with the axes named below.
+        sample_dim: True if ``values`` begins with an axis of samples.
+        time_dim: True if ``values`` has a time axis after the batch axis.
+        maps: ``[B, K, h, w]`` where each concept looks, if the bottleneck computes it.
+        uncertainty: ``[B, K]``, if the bottleneck estimates it.
+        distribution: A ``torch.distributions`` object over the logits or embeddings, if there is one.
+        label_logits: ``[B, L]`` from bottlenecks that own the label energy; the head passes them through.
+        extras: Anything else the bottleneck wants to find again in `intervene` or `losses`.
+    """
+
+    features: Features
+    logits: Tensor
+    probs: Tensor
+    values: Tensor
+    sample_dim: bool = False
+    time_dim: bool = False
+    maps: Tensor | None = None
+    uncertainty: Tensor | None = None
+    distribution: Any = None
+    label_logits: Tensor | None = None
+    extras: dict[str, Any] = field(default_factory=dict)
+
+    def replace(self, **changes: Any) -> ConceptOutput:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A correction of concepts.
+
+    Attributes:
+        mask: ``[B, K]`` (or ``[B, T, K]``) bool, True where a person corrects.
+        values: Same shape, in data space: 0 or 1, a probability, or the value of a real concept. Read only where
+            ``mask`` is True. NaN takes the concept out: the head reads zero there, so it contributes nothing.
+        logits: Same shape or None; replaces ``values`` on the logit scale where a value strategy chose it.
+    """
+
+    mask: Tensor
+    values: Tensor
+    logits: Tensor | None = None
+
+
+class Prediction(NamedTuple):
+    """What a whole model says of a batch.
+
+    Attributes:
+        logits: ``[B, L]`` class logits (``[B, 1]`` for a binary label).
+        concepts: The `ConceptOutput` that they were computed from.
+    """
+
+    logits: Tensor
+    concepts: ConceptOutput
+
+
+class Contributions(NamedTuple):
+    """An exact additive account of the class logits: ``concepts.sum(-1) + sum(other.values()) == logits``.
+
+    Attributes:
+        concepts: ``[B, L, K]`` what each concept adds to each class logit.
+        other: What no concept accounts for, by name (``bias``, ``unsupervised``, ``residual``), each ``[B, L]``.
+    """
+
+    concepts: Tensor
+    other: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LossContext:
+    """What a bottleneck may use in its losses beside its own output.
+
+    Attributes:
+        concept_loss: The configured supervised loss, ``concept_loss(logits, concepts) -> scalar``.
+        head: The label head; ``head(output) -> [B, L]``.
+        label_logits: ``[B, L]`` predicted from the (possibly intervened) output.
+    """
+
+    concept_loss: nn.Module
+    head: nn.Module
+    label_logits: Tensor
