@@ -1,0 +1,1 @@
+"""Lightning callbacks over the packages of cbm_lightning."""

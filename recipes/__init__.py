@@ -1,0 +1,1 @@
+"""Recipes: one YAML file a published system, for ``cbm fit --config NAME``."""

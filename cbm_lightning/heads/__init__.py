@@ -1,0 +1,8 @@
+"""Label heads: concepts to classes."""
+
+from cbm_lightning.heads.base import LabelHead
+from cbm_lightning.heads.linear import LinearHead
+from cbm_lightning.heads.mlp import MLPHead
+from cbm_lightning.heads.residual import ResidualHead
+
+__all__ = ["LabelHead", "LinearHead", "MLPHead", "ResidualHead"]

@@ -1,0 +1,95 @@
+"""The contract of a bottleneck: `Features` become a `ConceptOutput`, and a person can correct it."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cbm_lightning.concepts import ConceptSet
+from cbm_lightning.configurable import Part
+from cbm_lightning.types import Batch, ConceptOutput, FeatureDims, Features, Intervention, LossContext, ValueLayout
+
+
+class Bottleneck(Part):
+    """Predicts concepts from features and lays out what the label head reads.
+
+    A method implements `build`, `forward` and `intervene`; everything else has a default.
+
+    Args:
+        randint: Probability with which a concept is corrected to its annotation during training (RandInt,
+            Espinosa Zarlenga et al. 2022, section 4). The concept loss always sees the prediction.
+        randint_scope: Draw the corrected concepts anew for each ``"sample"`` (the paper), or once for the whole
+            ``"batch"`` (the official code).
+
+    Attributes:
+        concepts: The concept set, known after `build`.
+        layout: How ``values`` is laid out, known after `build`.
+        needs_concepts: Whether training needs annotated concepts in the batch.
+        statistics_size: How many of the latest training predictions `fit_statistics` wants; 0 for none.
+
+    Raises:
+        ValueError: ``randint`` lies outside [0, 1], or the scope is unknown.
+    """
+
+    concepts: ConceptSet
+    layout: ValueLayout
+    needs_concepts: bool = True
+    statistics_size: int = 0
+
+    def __init__(self, *, randint: float = 0.0, randint_scope: Literal["sample", "batch"] = "sample") -> None:
+        super().__init__()
+        if not 0.0 <= randint <= 1.0:
+            raise ValueError(f"randint: expected a probability in [0, 1], got {randint}")
+        if randint_scope not in ("sample", "batch"):
+            raise ValueError(f"randint_scope: expected 'sample' or 'batch', got {randint_scope!r}")
+        self.randint = randint
+        self.randint_scope = randint_scope
+
+    @abstractmethod
+    def build(self, dims: FeatureDims, concepts: ConceptSet, num_classes: int) -> None:
+        """Make the parameters; called once by the module, which knows every size. Sets ``concepts`` and ``layout``."""
+
+    @abstractmethod
+    def forward(self, features: Features, concepts: Tensor | None = None) -> ConceptOutput:
+        """Predict concepts.
+
+        Args:
+            features: What the backbone saw.
+            concepts: ``[B, K]`` annotations in training, for methods with teacher forcing; None otherwise.
+        """
+
+    @abstractmethod
+    def intervene(self, output: ConceptOutput, intervention: Intervention) -> ConceptOutput:
+        """Redo the output with corrected concepts. Reads ``output.features``; never runs the backbone."""
+
+    def losses(self, output: ConceptOutput, batch: Batch, context: LossContext) -> dict[str, Tensor]:
+        """Unweighted losses by name, on the un-intervened output. By default the supervised concept loss."""
+        return {"concept": context.concept_loss(output.logits, batch["concepts"])}
+
+    def training_mask(self, concepts: Tensor, generator: torch.Generator) -> Tensor | None:
+        """``[B, K]`` bool, which concepts to correct in a training step (RandInt), or None for none."""
+        if self.randint == 0.0:
+            return None
+        rows = len(concepts) if self.randint_scope == "sample" else 1
+        draw = torch.rand(rows, concepts.shape[1], generator=generator)
+        return (draw < self.randint).to(concepts.device).expand(concepts.shape)
+
+    def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:
+        """Set buffers from the latest training predictions: the fields of `ConceptOutput` for ``n`` samples."""
+
+    def refine(self, output: ConceptOutput, head: torch.nn.Module, intervention: Intervention | None) -> ConceptOutput:
+        """Improve an output at evaluation by optimisation, given the head and what was corrected; identity by default."""
+        return output
+
+    def on_progress(self, fraction: float) -> None:
+        """Told before each training step how much of the training is done, in [0, 1]; for temperatures."""
+
+    def constrain(self) -> None:
+        """Project parameters after an optimizer step; for non-negative weights and the like."""
+
+    def diagnostics(self, output: ConceptOutput) -> dict[str, Tensor]:
+        """Scalars worth logging in evaluation, by name."""
+        return {}

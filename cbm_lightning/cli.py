@@ -1,0 +1,90 @@
+"""``cbm fit|validate|test|predict``: a LightningCLI that knows the recipes and links the data to the model."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+# imported so that YAML files and flags can use their short names
+from cbm_lightning import backbones, bottlenecks, data, heads, losses, module  # noqa: F401
+
+
+class RecipeFile(ActionConfigFile):
+    """``--config quickstart`` reads the packaged recipe ``quickstart.yaml`` where no such file exists."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Resolve a recipe name, then read the file.
+
+        Raises:
+            SystemExit: There is neither a file nor a recipe of that name; the message lists the recipes.
+        """
+        if not Path(values).is_file():
+            packaged = {Path(str(recipe)).stem: recipe for recipe in files("cbm_lightning.recipes").iterdir()}
+            if values in packaged and str(packaged[values]).endswith(".yaml"):
+                values = str(packaged[values])
+            elif not str(values).lstrip().startswith("{"):
+                names = sorted(name for name, recipe in packaged.items() if str(recipe).endswith(".yaml"))
+                parser.error(f"no file and no recipe is called {values!r}; the recipes are {names}")
+        super().__call__(parser, cfg, values, option_string)
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """Writes the resolved configuration beside the checkpoints and into each of them."""
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the YAML text under the key ``config``."""
+        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+
+
+class CBMCommandLine(LightningCLI):
+    """The command line: any LightningModule with any LightningDataModule, configured by YAML and flags."""
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser whose ``--config`` knows the recipes."""
+        kwargs.setdefault("dump_header", ["cbm-lightning"])
+        parser = self.parser_class(**kwargs)
+        parser.add_argument("-c", "--config", action=RecipeFile, help="A YAML file, or the name of a recipe.")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Hand the datamodule to the model, which asks it for what the user did not type."""
+        parser.link_arguments("data", "model.init_args.data", apply_on="instantiate")
+
+    def before_test(self) -> None:
+        """Warn where ``test`` would judge weights that nobody trained."""
+        if not self.config["test"].get("ckpt_path"):
+            warnings.warn("cbm test without --ckpt_path judges the weights that the model starts with", stacklevel=2)
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, or the last weights where none was ranked."""
+        has_test = self.datamodule is None or self.datamodule.__class__.test_dataloader is not LightningDataModule.test_dataloader
+        if not has_test:
+            return
+        checkpoint = self.trainer.checkpoint_callback
+        ranked = getattr(checkpoint, "best_model_path", "") and getattr(checkpoint, "monitor", None)
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if ranked else None, weights_only=True)
+
+
+def main(args: list[str] | None = None) -> CBMCommandLine:
+    """Run ``cbm``; the arguments are those of the shell by default."""
+    return CBMCommandLine(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=SaveResolvedConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        args=args,
+    )
+
+
+if __name__ == "__main__":
+    main()

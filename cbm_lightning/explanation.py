@@ -1,0 +1,76 @@
+"""Why a class was predicted, as a table of named concepts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cbm_lightning.types import Batch, Contributions, Prediction
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cbm_lightning.module import CBMModule
+
+
+def explain_prediction(model: CBMModule, prediction: Prediction, batch: Batch, top_k: int) -> pd.DataFrame:
+    """The concepts that weigh most in each prediction, largest contribution first.
+
+    Args:
+        model: The model that made the prediction.
+        prediction: Of ``B`` samples.
+        batch: What it was made from; annotations are shown if it has them.
+        top_k: Concepts a sample, by the size of their contribution.
+
+    Returns:
+        A row a sample and concept: ``sample``, ``predicted`` class and its ``probability``, ``concept``,
+        ``concept_probability``, ``annotation`` (if known), and ``contribution`` to the logit of the predicted class.
+        The rows in angle brackets (``<bias>``, ``<other concepts>``, ...) complete the sum: all contributions of a
+        sample add up to the logit.
+
+    Raises:
+        ValueError: The head is not additive, the label is multilabel, or ``top_k`` is below 1.
+    """
+    import pandas as pd
+
+    account = model.head.contributions(prediction.concepts)
+    if account is None or model.task == "multilabel":
+        raise ValueError(f"{type(model.head).__name__} with a {model.task} label has no exact contributions to explain")
+    if top_k < 1:
+        raise ValueError(f"top_k: expected at least 1, got {top_k}")
+    probs = model.probabilities(prediction.logits)
+    rows: list[dict[str, Any]] = []
+    for sample in range(len(probs)):
+        if model.task == "multiclass":
+            row = label = int(probs[sample].argmax())
+            confidence = float(probs[sample, label])
+        else:
+            row, label = 0, int(probs[sample, 0] >= 0.5)
+            confidence = float(probs[sample, 0]) if label else 1.0 - float(probs[sample, 0])
+        name = label if model.class_names is None else model.class_names[label]
+        head = {"sample": sample, "predicted": name, "probability": confidence}
+        rows += [{**head, **line} for line in _lines(model, prediction, batch, account, sample, row, top_k)]
+    return pd.DataFrame(rows)
+
+
+def _lines(
+    model: CBMModule,
+    prediction: Prediction,
+    batch: Batch,
+    account: Contributions,
+    sample: int,
+    row: int,
+    top_k: int,
+) -> list[dict[str, Any]]:
+    each = account.concepts[sample, row]
+    order = each.abs().argsort(descending=True)
+    lines = []
+    for k in order[:top_k].tolist():
+        line = {"concept": model.concept_set.names[k], "concept_probability": float(prediction.concepts.probs[sample, k])}
+        if "concepts" in batch:
+            line["annotation"] = float(batch["concepts"][sample, k])
+        lines.append({**line, "contribution": float(each[k])})
+    rest = {"other concepts": each[order[top_k:]].sum()} if len(order) > top_k else {}
+    rest |= {name: torch.as_tensor(part[sample, row]) for name, part in account.other.items()}
+    return lines + [{"concept": f"<{name}>", "contribution": float(part)} for name, part in rest.items()]

@@ -1,0 +1,84 @@
+"""The contract of a label head: what a bottleneck lays out becomes class logits."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import log_softmax, logsigmoid
+
+from cbm_lightning.configurable import Part
+from cbm_lightning.types import ConceptOutput, Contributions, FeatureDims, ValueLayout
+
+Task = Literal["multiclass", "binary", "multilabel"]
+
+
+class LabelHead(Part):
+    """Turns ``ConceptOutput.values`` into class logits.
+
+    A head implements `build` and `classify`; axes of samples and time are reduced here, the same for every head.
+
+    Attributes:
+        layout: How the values are laid out, known after `build`.
+        num_outputs: Number of logits: ``L``, or 1 for a binary label.
+        task: What the logits mean.
+    """
+
+    layout: ValueLayout
+    num_outputs: int
+    task: Task
+
+    def build(self, dims: FeatureDims, layout: ValueLayout, num_classes: int, task: Task) -> None:
+        """Make the parameters; called once by the module, which knows every size. Extend it in subclasses."""
+        self.layout = layout
+        self.task = task
+        self.num_outputs = 1 if task == "binary" else num_classes
+
+    @abstractmethod
+    def classify(self, values: Tensor, output: ConceptOutput) -> Tensor:
+        """``[..., V]`` values to ``[..., L]`` logits, each position on its own."""
+
+    def forward(self, output: ConceptOutput) -> Tensor:
+        """``[B, L]`` class logits; those of the bottleneck itself where it owns the label."""
+        if output.label_logits is not None:
+            return output.label_logits
+        logits = self.classify(output.values, output)
+        if output.time_dim:
+            logits = mean_over_time(logits, output.features.mask)
+        return mean_over_samples(logits, self.task) if output.sample_dim else logits
+
+    def concept_weight(self) -> Tensor | None:
+        """``[L, K, m]`` if the logits are linear in the values: how each number of each concept weighs on each class."""
+        return None
+
+    def contributions(self, output: ConceptOutput) -> Contributions | None:
+        """What each concept adds to each class logit, exactly, or None where the head is not additive."""
+        return None
+
+    def losses(self) -> dict[str, Tensor]:
+        """Unweighted penalties by name."""
+        return {}
+
+    def diagnostics(self, output: ConceptOutput) -> dict[str, Tensor]:
+        """Scalars worth logging in evaluation, by name."""
+        return {}
+
+
+def mean_over_time(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of ``[..., T, L]`` over the valid steps; ``mask [B, T]`` is True where a step is real."""
+    if mask is None:
+        return logits.mean(-2)
+    weight = mask.to(logits).unsqueeze(-1)
+    return (logits * weight).sum(-2) / weight.sum(-2).clamp(min=1.0)
+
+
+def mean_over_samples(logits: Tensor, task: Task) -> Tensor:
+    """Average ``[S, B, L]`` in probability space; returns logits ``[B, L]`` of the average."""
+    samples = math.log(len(logits))
+    if task == "multiclass":
+        return torch.logsumexp(log_softmax(logits, -1), 0) - samples
+    yes, no = (torch.logsumexp(logsigmoid(sign * logits), 0) for sign in (1.0, -1.0))
+    return yes - no
