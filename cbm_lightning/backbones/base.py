@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,12 @@ class Backbone(Part):
                 return self.encode(x)
         return self.encode(x)
 
+    def build(self, feature_dim: int | None) -> None:
+        """Take the width of precomputed features from the datamodule, None where batches hold images.
+
+        The model calls it once, at construction. Only backbones that measure nothing themselves (`Identity`) listen.
+        """
+
     def eval_transform(self) -> Transform | None:
         """The weights' own preprocessing for evaluation, or None if there is none."""
         return None
@@ -67,9 +74,27 @@ class Backbone(Part):
         return None
 
     def freeze(self) -> None:
-        """Apply ``frozen`` to the parameters; subclasses call it at the end of construction."""
+        """Apply ``frozen`` and ``freeze_norm``; subclasses call it at the end of construction."""
         if self.frozen:
             self.requires_grad_(False)
+        # a new module is in training mode, and nobody need ever call train() on it
+        self.train(self.training)
+
+    def freeze_unused(self, example: Tensor) -> None:
+        """Freeze the parameters that no feature depends on (a head that is bypassed, stages that are never run).
+
+        Data parallel training refuses parameters that get no gradient, unless it searches for them in every step.
+
+        Args:
+            example: An input batch.
+        """
+        with evaluating(self), torch.enable_grad():
+            features = self.encode(example)
+            outputs = [features.pooled.sum()] + ([] if features.tokens is None else [features.tokens.sum()])
+            trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            used = torch.autograd.grad(torch.stack(outputs).sum(), trained, allow_unused=True)
+        for parameter, gradient in zip(trained, used, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def train(self, mode: bool = True) -> Backbone:
         """Set the training mode, except for what is frozen."""
@@ -88,15 +113,21 @@ def split_map(features: Tensor, channels_last: bool = False) -> tuple[Tensor, tu
     return features.flatten(2).transpose(1, 2), (features.shape[2], features.shape[3])
 
 
-def probe(encode: Callable[[Tensor], Features], module: nn.Module, example: Tensor) -> FeatureDims:
-    """Measure the widths by encoding one example in evaluation mode, leaving modes as they were."""
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; every submodule gets its own mode back afterwards."""
     modes = {m: m.training for m in module.modules()}
     module.eval()
     try:
-        with torch.no_grad():
-            features = encode(example)
+        yield
     finally:
         for m, mode in modes.items():
             m.training = mode
+
+
+def probe(encode: Callable[[Tensor], Features], module: nn.Module, example: Tensor) -> FeatureDims:
+    """Measure the widths by encoding one example in evaluation mode, leaving modes as they were."""
+    with evaluating(module), torch.no_grad():
+        features = encode(example)
     tokens = None if features.tokens is None else features.tokens.shape[-1]
     return FeatureDims(features.pooled.shape[-1], tokens, features.grid)
