@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -40,7 +41,11 @@ class ConceptDataModule(Configurable, LightningDataModule):
 
     Attributes:
         splits: Datasets by the names ``train``, ``val`` and ``test``, filled by `setup`.
+        encoder: Set by `CachedFeatures`: the backbone that will see each sample once. It takes the place of the model's
+            in `backbone`, and the train split is not augmented, for its features are computed a single time.
     """
+
+    encoder: Backbone | None = None
 
     def __init__(self, *, batch_size: int = 64, num_workers: int = 0, seed: int = 0) -> None:
         super().__init__()
@@ -77,6 +82,10 @@ class ConceptDataModule(Configurable, LightningDataModule):
     def make_split(self, name: str) -> SizedDataset:
         """Make the dataset ``"train"``, ``"val"`` or ``"test"``; called once each by `setup`."""
 
+    def files(self) -> Iterable[Path]:
+        """The files that the splits are read from, whose change makes cached features stale; none by default."""
+        return ()
+
     @abstractmethod
     def annotations(self, split: str) -> tuple[Tensor, Tensor]:
         """``(concepts [N, K], labels [N])`` of a split without reading an image; call after `setup`."""
@@ -97,6 +106,8 @@ class ConceptDataModule(Configurable, LightningDataModule):
 
     def backbone(self) -> Backbone | None:
         """The backbone of the model in training, whose transforms and pixel statistics the data follow by default."""
+        if self.encoder is not None:
+            return self.encoder
         backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
         return backbone if isinstance(backbone, Backbone) else None
 
@@ -104,7 +115,13 @@ class ConceptDataModule(Configurable, LightningDataModule):
         """Shuffled anew each epoch, by ``seed`` and epoch."""
         world, rank = self._world()
         dataset = self.splits["train"]
-        sampler = EpochSampler(dataset, num_replicas=world, rank=rank, shuffle=True, seed=self.seed)
+        sampler = EpochSampler(
+            dataset,  # type: ignore[arg-type]
+            num_replicas=world,
+            rank=rank,
+            shuffle=True,
+            seed=self.seed,
+        )
         return self._loader(dataset, sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
