@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
@@ -31,11 +31,16 @@ class RecipeFile(ActionConfigFile):
             elif not str(values).lstrip().startswith("{"):
                 names = sorted(name for name, recipe in packaged.items() if str(recipe).endswith(".yaml"))
                 parser.error(f"no file and no recipe is called {values!r}; the recipes are {names}")
-        super().__call__(parser, cfg, values, option_string)
+        super().__call__(parser, cfg, values, option_string)  # type: ignore[no-untyped-call]
 
 
 class SaveResolvedConfig(SaveConfigCallback):
-    """Writes the resolved configuration beside the checkpoints and into each of them."""
+    """Writes the resolved configuration of a ``fit`` beside the checkpoints and into each of them."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file; a later ``test`` in the same folder must not replace it."""
+        if stage == "fit":
+            super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the YAML text under the key ``config``."""
@@ -63,12 +68,17 @@ class CBMCommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, or the last weights where none was ranked."""
-        has_test = self.datamodule is None or self.datamodule.__class__.test_dataloader is not LightningDataModule.test_dataloader
+        has_test = (
+            self.datamodule is None
+            or self.datamodule.__class__.test_dataloader is not LightningDataModule.test_dataloader
+        )
         if not has_test:
             return
         checkpoint = self.trainer.checkpoint_callback
         ranked = getattr(checkpoint, "best_model_path", "") and getattr(checkpoint, "monitor", None)
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best" if ranked else None, weights_only=True)
+        self.trainer.test(
+            self.model, datamodule=self.datamodule, ckpt_path="best" if ranked else None, weights_only=True
+        )
 
 
 def main(args: list[str] | None = None) -> CBMCommandLine:
