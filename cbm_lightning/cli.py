@@ -44,7 +44,7 @@ class SaveResolvedConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the YAML text under the key ``config``."""
-        checkpoint["config"] = self.parser.dump(self.config, skip_none=False)
+        checkpoint["config"] = self.parser.dump(self.config, skip_unset=False)
 
 
 class CBMCommandLine(LightningCLI):
@@ -60,6 +60,20 @@ class CBMCommandLine(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Hand the datamodule to the model, which asks it for what the user did not type."""
         parser.link_arguments("data", "model.init_args.data", apply_on="instantiate")
+
+    def instantiate_classes(self) -> None:
+        """Make data, model and Trainer.
+
+        Raises:
+            Exception: What the class itself raised, without the whole configuration that jsonargparse wraps around it.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            cause: BaseException = error
+            while (inner := cause.__cause__ or cause.__context__) is not None:
+                cause = inner
+            raise cause from None
 
     def before_test(self) -> None:
         """Warn where ``test`` would judge weights that nobody trained."""
@@ -83,6 +97,9 @@ class CBMCommandLine(LightningCLI):
 
 def main(args: list[str] | None = None) -> CBMCommandLine:
     """Run ``cbm``; the arguments are those of the shell by default."""
+    # frozen parts are in evaluation mode on purpose, and Lightning's own use of pytrees is no user's concern
+    warnings.filterwarnings("ignore", message="Found .* module.* in eval mode")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
     return CBMCommandLine(
         LightningModule,
         LightningDataModule,

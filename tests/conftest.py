@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Lightning itself calls jsonargparse with an option that was renamed
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
