@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from cbm_lightning.cli import main
@@ -78,19 +79,22 @@ def train(recipe: str, config: Path, seed: int, folder: Path) -> tuple[Any, dict
 
 
 def linear_probe(data: CachedFeatures) -> float:
-    """Test accuracy of a logistic regression on the frozen features, trained on the training split."""
-    rows = {split: data.splits[split].tensors for split in ("train", "test")}
-    scaler = StandardScaler().fit(rows["train"]["embedding"].float())
-    probe = LogisticRegression(max_iter=2000, C=0.1)
-    probe.fit(scaler.transform(rows["train"]["embedding"].float()), rows["train"]["label"])
-    return float(probe.score(scaler.transform(rows["test"]["embedding"].float()), rows["test"]["label"]))
+    """Test accuracy of a logistic regression on the frozen training features, its strength chosen on validation."""
+    x = {split: data.splits[split].tensors["embedding"].float().numpy() for split in ("train", "val", "test")}
+    y = {split: data.splits[split].tensors["label"].numpy() for split in x}
+    probes = [
+        make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000)).fit(x["train"], y["train"])
+        for c in (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+    ]
+    best = max(probes, key=lambda probe: probe.score(x["val"], y["val"]))
+    return float(best.score(x["test"], y["test"]))
 
 
 def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/cub10")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--finetune", action="store_true", help="train the backbone too")
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     options = parser.parse_args()

@@ -22,7 +22,9 @@ def read_batch(batch: Any) -> Batch:
     """
     if isinstance(batch, dict):
         if not any(name in batch for name in INPUTS):
-            raise TypeError(f"a dict batch needs one of the keys {INPUTS}, got {sorted(batch)}; override read_batch for others")
+            raise TypeError(
+                f"a dict batch needs one of the keys {INPUTS}, got {sorted(batch)}; override read_batch for others"
+            )
         return dict(batch)
     if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
         names = ("image", "label") if len(batch) == 2 else ("image", "concepts", "label")
@@ -78,7 +80,9 @@ def check_concepts(values: Tensor, concepts: ConceptSet) -> None:
         ValueError: The number of concepts is another, or a value of a concept that is not real lies outside [0, 1].
     """
     if values.ndim != 2 or values.shape[1] != len(concepts):
-        raise ValueError(f"concepts: the model has {len(concepts)} concepts, the batch has the shape {list(values.shape)}")
+        raise ValueError(
+            f"concepts: the model has {len(concepts)} concepts, the batch has the shape {list(values.shape)}"
+        )
     outside = ((values < 0) | (values > 1)) & ~concepts.is_real().to(values.device)
     if outside.any():
         row, k = outside.nonzero()[0].tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import IO, Any, Self
 
@@ -32,24 +34,32 @@ class PortableModule(Configurable, LightningModule):
 
     def record_hparams(self, facts: DataFacts) -> None:
         """Store the arguments of construction as plain hyper-parameters; called at the end of ``__init__``."""
-        known = {
-            **self._init_args,
-            **{name: getattr(self, name) for name in ("backbone", "bottleneck", "head", "concept_loss")},
-            "data": None,
-            "concepts": facts.concepts,
-            "num_classes": facts.num_classes,
-            "class_names": facts.class_names,
-        }
+        given = dict(self._init_args)
+        # with the datamodule would go its samples and its Trainer, wherever the model is copied or sent
+        from_data = self._init_args.pop("data", None) is not None
+        made = {name: getattr(self, name) for name in ("backbone", "bottleneck", "head", "concept_loss")}
+        told = {"concepts": facts.concepts, "num_classes": facts.num_classes, "class_names": facts.class_names}
+        # a subclass may take other arguments and make parts itself: only what it takes can be handed to it again
+        known = given | {name: value for name, value in {**made, **told, "data": None}.items() if name in given}
         hparams: dict[str, Any] = {CLASS_KEY: class_path(type(self))}
         self._unrecorded: list[str] = []
+        if from_data and self._takes_keywords():
+            known |= told
+        elif from_data and not told.keys() <= known.keys():
+            self._unrecorded.append("data")
         for name, value in known.items():
             try:
                 hparams[name] = plain(value)
             except TypeError:
                 self._unrecorded.append(name)
-        self._weights_source = plain_source(self.backbone)
+        self._weights_source = plain_source(made["backbone"])
         self._resumed_rng: list[dict[str, Any]] | None = None
         self.save_hyperparameters(hparams)
+
+    @classmethod
+    def _takes_keywords(cls) -> bool:
+        parameters = inspect.signature(cls).parameters.values()
+        return any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the hyper-parameters leave out: random states, arguments to hand over, where weights came from."""
@@ -64,16 +74,17 @@ class PortableModule(Configurable, LightningModule):
         resumes = self._trainer is not None and self._trainer.state.fn == "fit"
         self._resumed_rng = checkpoint.get("cbm_lightning", {}).get("rng") if resumes else None
 
-    def restore_randomness(self) -> None:
-        """Set the random states of the checkpoint that is resumed, once."""
-        if self._resumed_rng is not None:
-            restore_rng_state(self._resumed_rng[self.global_rank % len(self._resumed_rng)])
-            self._resumed_rng = None
+    def restore_randomness(self) -> bool:
+        """Set the random states of the checkpoint that is resumed, once; whether there were any."""
+        states, self._resumed_rng = self._resumed_rng, None
+        if states:
+            restore_rng_state(states[self.global_rank % len(states)])
+        return bool(states)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
         cls,
-        checkpoint_path: str | IO[bytes],
+        checkpoint_path: str | Path | IO[bytes],
         map_location: Any = "cpu",
         hparams_file: None = None,
         strict: bool = True,
@@ -99,7 +110,9 @@ class PortableModule(Configurable, LightningModule):
         checkpoint = read_checkpoint(checkpoint_path, map_location)
         hparams = dict(checkpoint.get("hyper_parameters") or {})
         if CLASS_KEY not in hparams:
-            raise ValueError(f"{checkpoint_path} is a checkpoint, but not one of cbm_lightning: it names no {CLASS_KEY}")
+            raise ValueError(
+                f"{checkpoint_path} is a checkpoint, but not one of cbm_lightning: it names no {CLASS_KEY}"
+            )
         target = cls._target_class(hparams.pop(CLASS_KEY))
         unrecorded = checkpoint.get("cbm_lightning", {}).get("unrecorded", [])
         if missing := [name for name in unrecorded if name not in kwargs]:
@@ -119,6 +132,8 @@ class PortableModule(Configurable, LightningModule):
 
     @classmethod
     def _target_class(cls, path: str) -> type[Self]:
+        if path == class_path(cls):
+            return cls
         target = import_class(path)
         if issubclass(target, cls):
             return target
@@ -135,7 +150,7 @@ def plain_source(part: Configurable) -> dict[str, Any] | None:
         return None
 
 
-def read_checkpoint(path: str | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
+def read_checkpoint(path: str | Path | IO[bytes], map_location: Any = "cpu") -> dict[str, Any]:
     """Load a checkpoint without unpickling code.
 
     Raises:
@@ -143,11 +158,16 @@ def read_checkpoint(path: str | IO[bytes], map_location: Any = "cpu") -> dict[st
         ValueError: The file is truncated, or holds something else than plain containers and tensors.
     """
     try:
-        if hasattr(path, "read"):
-            return torch.load(path, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
-        with fsspec.open(str(path), "rb") as file:
-            return torch.load(file, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
+        if isinstance(path, (str, Path)):
+            with fsspec.open(str(path), "rb") as file:
+                content = torch.load(file, map_location=map_location, weights_only=True)
+        else:
+            content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise FileNotFoundError(f"no checkpoint at {path}") from None
     except (RuntimeError, EOFError, ValueError, OSError, KeyError, UnpicklingError) as error:
-        raise ValueError(f"{path} is truncated or not a checkpoint of plain data: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is truncated or not a checkpoint of plain data: {reason}") from error
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} is no checkpoint: it has no state_dict")
+    return content

@@ -172,12 +172,13 @@ class ConceptSet:
         if concepts.ndim != 2 or concepts.shape[1] != len(self):
             raise ValueError(f"concepts: expected [N, {len(self)}], got {list(concepts.shape)}")
         binary = [k for k in range(len(self)) if self.kinds[k] != "real"]
+        known = ~concepts.isnan()
+        low = concepts.masked_fill(~known, torch.inf).amin(0)
+        high = concepts.masked_fill(~known, -torch.inf).amax(0)
+        constant = set((low >= high).nonzero().flatten().tolist())
         found = [
-            f"concept {self.names[k]!r} never varies: no model can show that it learned it"
-            for k in range(len(self))
-            if torch.unique(concepts[:, k][~concepts[:, k].isnan()]).numel() < 2
+            f"concept {self.names[k]!r} never varies: no model can show that it learned it" for k in sorted(constant)
         ]
-        constant = {k for k in range(len(self)) if torch.unique(concepts[:, k][~concepts[:, k].isnan()]).numel() < 2}
         found += self._inseparable_pairs(concepts, [k for k in binary if k not in constant])
         if labels is not None and self._is_function_of_class(concepts, labels):
             found.append(
@@ -229,7 +230,9 @@ class ConceptSet:
             return source
         if isinstance(source, Mapping):
             if unknown := set(source) - {"names", "groups", "kinds", "texts"}:
-                raise ValueError(f"a concept set has the keys names, groups, kinds and texts, got also {sorted(unknown)}")
+                raise ValueError(
+                    f"a concept set has the keys names, groups, kinds and texts, got also {sorted(unknown)}"
+                )
             return cls(**source)
         if isinstance(source, (str, Path)):
             return cls.read(source)
@@ -272,14 +275,18 @@ class ConceptSet:
         suffix = path.suffix.lower()
         written = self.to_dict()
         if suffix not in (".json", ".yaml", ".yml") and set(written) != {"names"}:
-            raise ValueError(f"{path.name} would hold names only and lose {sorted(set(written) - {'names'})}; use .json")
+            raise ValueError(
+                f"{path.name} would hold names only and lose {sorted(set(written) - {'names'})}; use .json"
+            )
         match suffix:
             case ".json":
                 text = json.dumps(written, indent=2, ensure_ascii=False) + "\n"
             case ".yaml" | ".yml":
                 text = yaml.safe_dump(written, sort_keys=False, allow_unicode=True)
             case ".csv":
-                text = ",".join('"' + n.replace('"', '""') + '"' if set(n) & set(',"') else n for n in self.names) + "\n"
+                text = (
+                    ",".join('"' + n.replace('"', '""') + '"' if set(n) & set(',"') else n for n in self.names) + "\n"
+                )
             case _:
                 text = "".join(f"{name}\n" for name in self.names)
         draft = path.with_name(f".{path.name}.draft")

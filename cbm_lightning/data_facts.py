@@ -24,9 +24,7 @@ class DataFacts(NamedTuple):
     feature_dim: int | None
 
     @classmethod
-    def gather(
-        cls, data: Any, concepts: Any, num_classes: int | None, class_names: Sequence[str] | None
-    ) -> DataFacts:
+    def gather(cls, data: Any, concepts: Any, num_classes: int | None, class_names: Sequence[str] | None) -> DataFacts:
         """Take what the user typed, and the rest from the datamodule.
 
         Raises:
@@ -56,7 +54,9 @@ def ask(data: Any, attribute: str, argument: str, form: str) -> Any:
     found = getattr(data, attribute, None)
     if found is None:
         owner = "no datamodule was given" if data is None else f"{type(data).__name__} has no `{attribute}`"
-        raise ValueError(f"the model needs `{argument}` and {owner}: pass model.{argument} ({form}), or add the attribute")
+        raise ValueError(
+            f"the model needs `{argument}` and {owner}: pass model.{argument} ({form}), or add the attribute"
+        )
     return found
 
 
@@ -69,7 +69,9 @@ def check_agreement(data: Any, concepts: ConceptSet, num_classes: int) -> None:
     owner = type(data).__name__
     theirs = getattr(data, "concept_set", None)
     if theirs is not None and len(theirs) != len(concepts):
-        raise ValueError(f"the model has {len(concepts)} concepts, {owner} has {len(theirs)}; pass the datamodule's concept set")
+        raise ValueError(
+            f"the model has {len(concepts)} concepts, {owner} has {len(theirs)}; pass the datamodule's concept set"
+        )
     if isinstance(theirs, ConceptSet) and theirs.names != concepts.names and not _numbered(concepts):
         first = next(k for k in range(len(concepts)) if theirs.names[k] != concepts.names[k])
         raise ValueError(

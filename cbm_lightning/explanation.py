@@ -67,7 +67,10 @@ def _lines(
     order = each.abs().argsort(descending=True)
     lines = []
     for k in order[:top_k].tolist():
-        line = {"concept": model.concept_set.names[k], "concept_probability": float(prediction.concepts.probs[sample, k])}
+        line = {
+            "concept": model.concept_set.names[k],
+            "concept_probability": float(prediction.concepts.probs[sample, k]),
+        }
         if "concepts" in batch:
             line["annotation"] = float(batch["concepts"][sample, k])
         lines.append({**line, "contribution": float(each[k])})

@@ -63,7 +63,9 @@ class ConceptLoss(Part):
         for name, given in self.given.items():
             if isinstance(given, str) and given != "balanced":
                 raise ValueError(f"{name}: expected numbers, 'balanced' or nothing, got {given!r}")
-            numbers = torch.ones(len(concepts)) if given is None or isinstance(given, str) else torch.tensor(list(given))
+            numbers = (
+                torch.ones(len(concepts)) if given is None or isinstance(given, str) else torch.tensor(list(given))
+            )
             if numbers.shape != (len(concepts),) or (numbers < 0).any():
                 raise ValueError(f"{name}: expected {len(concepts)} numbers of at least 0, one a concept, got {given}")
             self.register_buffer(name, numbers.float())
@@ -83,7 +85,9 @@ class ConceptLoss(Part):
         """Scalar loss of ``[B, K]`` scores against ``[B, K]`` annotations in [0, 1] (any number for real concepts)."""
         known = ~concepts.isnan()
         target = torch.where(known, concepts, 0.0).to(logits.dtype)
-        losses = binary_cross_entropy_with_logits(logits, target, self.weight, pos_weight=self.pos_weight, reduction="none")
+        losses = binary_cross_entropy_with_logits(
+            logits, target, self.weight, pos_weight=self.pos_weight, reduction="none"
+        )
         if self.activation.has_groups:
             member = -target * self.activation.log_softmax(logits) * self.weight * self.pos_weight
             losses = torch.where(self.activation.categorical, member, losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,9 +109,8 @@ class CBMModule(PhasedTraining):
         self.head.build(self.backbone.dims, self.bottleneck.layout, self.num_classes, task)
         self.concept_loss = ConceptLoss() if concept_loss is None else concept_loss
         self.concept_loss.build(self.concept_set)
-        self.evaluation = nn.ModuleDict(
-            {stage: EvaluationMetrics(self.concept_set, self.num_classes, task) for stage in ("val", "test")}
-        )
+        self.val_scores = EvaluationMetrics(self.concept_set, self.num_classes, task)
+        self.test_scores = EvaluationMetrics(self.concept_set, self.num_classes, task)
         self.configure_training(phases, lr, lr_multipliers, weight_decay, optimizer, lr_scheduler, monitor)
         self.record_hparams(facts)
 
@@ -119,11 +118,11 @@ class CBMModule(PhasedTraining):
 
     def encode(self, batch: Batch) -> Features:
         """Features of a batch: by the backbone, or as they are if the batch brings ``embedding`` or ``tokens``."""
-        embedding, tokens = batch.get("embedding"), batch.get("tokens")
-        if embedding is None and tokens is None:
+        if "embedding" not in batch and "tokens" not in batch:
             features: Features = self.backbone(batch["image"])
             return features
-        pooled = tokens.mean(1) if embedding is None else embedding
+        tokens = batch.get("tokens")
+        pooled: Tensor = batch["embedding"] if "embedding" in batch else batch["tokens"].mean(1)
         if pooled.shape[-1] != self.backbone.dims.pooled:
             raise ValueError(
                 f"the batch brings features of width {pooled.shape[-1]}, the backbone makes {self.backbone.dims.pooled}"
@@ -140,9 +139,7 @@ class CBMModule(PhasedTraining):
             output = self.bottleneck.refine(output, self.head, intervention)
         return Prediction(self.head(output), output)
 
-    def intervene(
-        self, prediction: Prediction, corrections: Intervention | Mapping[str, float | Tensor]
-    ) -> Prediction:
+    def intervene(self, prediction: Prediction, corrections: Intervention | Mapping[str, float | Tensor]) -> Prediction:
         """Redo a prediction with corrected concepts, without running the backbone.
 
         Args:
@@ -186,7 +183,13 @@ class CBMModule(PhasedTraining):
         total, parts = self.losses(logits, output, content)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(logits))
         report = {**parts, **training_metrics(output.probs, logits, content, self.task, self.label_matters)}
-        self.log_dict({f"train/{k}": v for k, v in report.items()}, on_step=False, on_epoch=True, batch_size=len(logits))
+        self.log_dict(
+            {f"train/{k}": v for k, v in report.items()},
+            on_step=False,
+            on_epoch=True,
+            batch_size=len(logits),
+            sync_dist=True,
+        )
         self.keep_statistics(output)
         return total
 
@@ -199,7 +202,7 @@ class CBMModule(PhasedTraining):
         known = ~concepts.isnan()
         if self.phase.head_input == "true":
             return self.bottleneck.intervene(output, Intervention(known, concepts))
-        generator = step_generator(self.seed, self.global_step, self.global_rank)
+        generator = step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
         mask = self.bottleneck.training_mask(concepts, generator)
         return output if mask is None else self.bottleneck.intervene(output, Intervention(mask & known, concepts))
 
@@ -220,31 +223,31 @@ class CBMModule(PhasedTraining):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Predict and score one validation batch."""
-        self.evaluate(batch, batch_idx, "val")
+        self.evaluate(batch, batch_idx, self.val_scores)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Predict and score one test batch."""
-        self.evaluate(batch, batch_idx, "test")
+        self.evaluate(batch, batch_idx, self.test_scores)
 
-    def evaluate(self, batch: Any, batch_idx: int, stage: str) -> Prediction:
-        """Predict a batch, log its losses and count it in the metrics of the stage."""
+    def evaluate(self, batch: Any, batch_idx: int, scores: EvaluationMetrics) -> Prediction:
+        """Predict a batch and count it in the scores of a stage."""
+        if batch_idx == 0:
+            scores.reset()  # an earlier evaluation may have been interrupted
         content = self.checked(batch, batch_idx)
-        prediction = self(content)
+        prediction = self.forward(content)
         logits, output = prediction
         total, parts = self.losses(logits, output, content)
-        extra = {**self.bottleneck.diagnostics(output), **self.head.diagnostics(output)}
-        report = {f"{stage}/{name}": value for name, value in {"loss": total, **parts, **extra}.items()}
-        self.log_dict(report, on_step=False, on_epoch=True, batch_size=len(logits), sync_dist=True)
-        self.evaluation[stage].update(output.probs, logits, content, self.label_matters)
+        means = {"loss": total, **parts, **self.bottleneck.diagnostics(output), **self.head.diagnostics(output)}
+        scores.update(means, output.probs, logits, content, self.label_matters)
         return prediction
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        self.log_dict({f"val/{k}": v for k, v in self.evaluation["val"].finish().items()}, prog_bar=True)
+        self.log_dict({f"val/{k}": v for k, v in self.val_scores.finish().items()}, prog_bar=True, sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
-        self.log_dict({f"test/{k}": v for k, v in self.evaluation["test"].finish().items()})
+        self.log_dict({f"test/{k}": v for k, v in self.test_scores.finish().items()}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Labels, probabilities, concepts, and the exact contribution of each concept to the predicted class.

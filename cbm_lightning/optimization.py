@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
 ClassSpec = str | dict[str, Any]
 """A class of torch by its short name, any class by its path, or ``{"class_path": ..., "init_args": {...}}``."""
@@ -43,36 +43,68 @@ def resolve(spec: ClassSpec, namespace: Any, base: type, what: str) -> tuple[typ
     return cls, dict(init_args)
 
 
-def make_optimizer(
-    spec: ClassSpec, groups: list[dict[str, Any]], lr: float, weight_decay: float
-) -> Optimizer:
+def check_optimizer(spec: ClassSpec, lr: float, weight_decay: float) -> None:
+    """Check a specification by making the optimizer for a stand-in.
+
+    Raises:
+        ValueError: See `resolve`; or a value is out of range, or there is no weight decay and one was asked for.
+    """
+    cls, _ = resolve(spec, torch.optim, Optimizer, "optimizer")
+    if weight_decay and "weight_decay" not in inspect.signature(cls).parameters:
+        raise ValueError(f"weight_decay: {cls.__name__} has none, got {weight_decay}")
+    # a matrix, which is all that some optimizers take
+    make_optimizer(spec, [{"params": [torch.nn.Parameter(torch.zeros(1, 1))]}], lr, weight_decay)
+
+
+def make_optimizer(spec: ClassSpec, groups: list[dict[str, Any]], lr: float, weight_decay: float) -> Optimizer:
     """An optimizer over parameter groups; ``init_args`` of the specification win over the plain numbers."""
     cls, init_args = resolve(spec, torch.optim, Optimizer, "optimizer")
-    optimizer: Optimizer = cls(groups, **{"lr": lr, "weight_decay": weight_decay, **init_args})
+    numbers = {"lr": lr, "weight_decay": weight_decay}
+    accepted = inspect.signature(cls).parameters
+    optimizer: Optimizer = cls(groups, **{name: n for name, n in numbers.items() if name in accepted} | init_args)
     return optimizer
 
 
-def make_scheduler(
-    spec: ClassSpec, optimizer: Optimizer, epochs: int | None, steps_per_epoch: int
-) -> tuple[LRScheduler, str]:
+def check_scheduler(spec: ClassSpec | None, monitor: str | None) -> None:
+    """Check a specification without making a scheduler.
+
+    Raises:
+        ValueError: See `resolve`; or the scheduler follows a value and none is monitored.
+    """
+    if spec is None:
+        return
+    cls, _ = resolve(spec, lr_scheduler, LRScheduler, "lr_scheduler")
+    if issubclass(cls, ReduceLROnPlateau) and not monitor:
+        raise ValueError(f"monitor: {cls.__name__} follows a logged value, such as 'val/concept_acc'; got none")
+
+
+def make_scheduler(spec: ClassSpec, optimizer: Optimizer, steps: int | None) -> tuple[LRScheduler, str]:
     """A scheduler over one phase, and whether it advances each ``"step"`` or each ``"epoch"``.
 
     A length that the scheduler needs and the user left out (``total_steps`` of OneCycleLR, ``T_max`` of
-    CosineAnnealingLR, ``total_iters`` of PolynomialLR and others) becomes that of the phase, in steps; ``max_lr``
-    becomes the learning rate of each group. Everything else advances each epoch.
+    CosineAnnealingLR, ``total_iters`` of PolynomialLR and others) becomes that of the phase, and ``max_lr`` the
+    learning rate of each group. Such schedulers, and those that are defined in steps, advance each step; all others
+    each epoch.
+
+    Args:
+        spec: See `ClassSpec`.
+        optimizer: With the learning rates of the phase.
+        steps: Optimizer steps of the phase; None if it has no end.
 
     Raises:
         ValueError: A length must be filled in, but the phase has no end.
     """
-    base: Any = LRScheduler
-    cls, init_args = resolve(spec, torch.optim.lr_scheduler, base, "lr_scheduler")
+    cls, init_args = resolve(spec, lr_scheduler, LRScheduler, "lr_scheduler")
     accepted = inspect.signature(cls).parameters
     length = next((key for key in ("total_steps", "T_max", "total_iters") if key in accepted), None)
-    interval = "epoch"
+    interval = "step" if issubclass(cls, (OneCycleLR, CyclicLR)) else "epoch"
     if length is not None and length not in init_args and "epochs" not in init_args:
-        if epochs is None:
-            raise ValueError(f"lr_scheduler: {cls.__name__} needs {length}, and the phase has no end to take it from")
-        init_args[length] = epochs * steps_per_epoch
+        if steps is None:
+            raise ValueError(
+                f"lr_scheduler: {cls.__name__} needs {length}, and the phase has no end to take it from; give "
+                "init_args, or the Trainer max_epochs or max_steps"
+            )
+        init_args[length] = steps
         interval = "step"
     if "max_lr" in accepted and "max_lr" not in init_args:
         init_args["max_lr"] = [group["lr"] for group in optimizer.param_groups]

@@ -45,9 +45,19 @@ class Phase:
         if self.epochs is not None and self.epochs < 1:
             raise ValueError(f"phase {self.name!r}: epochs: expected at least 1, got {self.epochs}")
         if self.head_input not in get_args(HeadInput):
-            raise ValueError(f"phase {self.name!r}: head_input: expected {get_args(HeadInput)}, got {self.head_input!r}")
+            raise ValueError(
+                f"phase {self.name!r}: head_input: expected {get_args(HeadInput)}, got {self.head_input!r}"
+            )
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"phase {self.name!r}: lr: expected a positive number, got {self.lr}")
+
+    def weights(self, given: Mapping[str, float]) -> dict[str, float]:
+        """The module's weights of losses, with those that this phase replaces."""
+        return {**given, **self.loss_weights}
+
+    def losses_off(self, given: Mapping[str, float]) -> set[str]:
+        """The losses that do not count in this phase, under the module's weights."""
+        return {name for name, weight in self.weights(given).items() if weight == 0}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain form, for checkpoints."""
@@ -113,13 +123,17 @@ def phase_starts(phases: Sequence[Phase], max_epochs: int | None) -> list[int]:
     open_phases = [phase.name for phase in phases if phase.epochs is None]
     if max_epochs is None or max_epochs < 0:
         if any(phase.epochs is None for phase in phases[:-1]):
-            raise ValueError(f"phases {open_phases} have no epochs and the Trainer has no max_epochs to share; set either")
+            raise ValueError(
+                f"phases {open_phases} have no epochs and the Trainer has no max_epochs to share; set either"
+            )
         left = 0
     else:
         left = max_epochs - fixed
         if left < len(open_phases) or (left and not open_phases):
             need = f"{fixed} epochs" + (f" and at least 1 each for {open_phases}" if open_phases else "")
-            raise ValueError(f"the phases take {need}, but the Trainer's max_epochs is {max_epochs}; change one of them")
+            raise ValueError(
+                f"the phases take {need}, but the Trainer's max_epochs is {max_epochs}; change one of them"
+            )
     share, extra = divmod(left, max(len(open_phases), 1))
     starts, epoch, given = [], 0, 0
     for phase in phases:

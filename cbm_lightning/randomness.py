@@ -17,9 +17,10 @@ def step_generator(*numbers: int) -> torch.Generator:
 
 def rng_state() -> dict[str, Any]:
     """The global random states of Python, NumPy and torch as tensors and plain numbers."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002  # users' code draws here
+    version, words, gauss = random.getstate()
     state: dict[str, Any] = {
-        "python": list(random.getstate()[1]),
+        "python": [version, list(words), gauss],
         "numpy": [kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
     }
@@ -30,9 +31,10 @@ def rng_state() -> dict[str, Any]:
 
 def restore_rng_state(state: dict[str, Any]) -> None:
     """Set the global random states to what `rng_state` returned."""
-    random.setstate((3, tuple(state["python"]), None))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))  # noqa: NPY002
     torch.set_rng_state(state["torch"].cpu())
     if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
-from torchmetrics.classification import BinaryAccuracy, MulticlassAccuracy, MultilabelAccuracy
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import Accuracy
 
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.heads.base import Task
@@ -21,7 +21,10 @@ from cbm_lightning.types import Batch
 
 
 class EvaluationMetrics(nn.Module):
-    """Exact metrics of one evaluation stage: label accuracy and the quality of the concepts.
+    """Exact metrics of one evaluation stage: mean losses, label accuracy and the quality of the concepts.
+
+    Sums and counts are kept apart until the end, so that processes with different numbers of samples give the numbers of
+    one process.
 
     Args:
         concepts: The concept set.
@@ -31,42 +34,53 @@ class EvaluationMetrics(nn.Module):
 
     def __init__(self, concepts: ConceptSet, num_classes: int, task: Task) -> None:
         super().__init__()
-        self.label_acc = {
-            "multiclass": lambda: MulticlassAccuracy(num_classes, average="micro"),
-            "binary": BinaryAccuracy,
-            "multilabel": lambda: MultilabelAccuracy(num_classes, average="micro"),
-        }[task]()
-        real = concepts.is_real()
-        chosen = {} if real.all() else {
+        self.label_acc = Accuracy(task, num_classes=num_classes, num_labels=num_classes, average="micro")
+        discrete: dict[str, Metric | MetricCollection] = {
             "concept_acc": ConceptAccuracy(concepts),
             "concept_joint_acc": ConceptJointAccuracy(concepts),
             "concept_auroc": ConceptAUROC(concepts),
             "concept_ap": ConceptAveragePrecision(concepts),
             "concept_ece": ConceptCalibrationError(concepts),
         }
+        real = concepts.is_real()
+        chosen = {} if real.all() else discrete
         if real.any():
             chosen["concept_mae"] = RealConceptError(concepts)
-        # the last three keep every prediction: in a compute group they keep it once
+        self.means: dict[str, MeanMetric] = {}
+        # those that keep every prediction share them as a compute group
         self.concepts = MetricCollection(chosen, compute_groups=True)
 
-    def update(self, probs: Tensor, logits: Tensor, batch: Batch, label_matters: bool) -> None:
-        """Count a batch: ``probs [B, K]``, class ``logits [B, L]``."""
+    def update(
+        self, means: dict[str, Tensor], probs: Tensor, logits: Tensor, batch: Batch, label_matters: bool
+    ) -> None:
+        """Count a batch: scalars to be averaged over samples by name, ``probs [B, K]``, class ``logits [B, L]``."""
+        for name, value in means.items():
+            if name not in self.means:
+                self.means[name] = MeanMetric().to(value.device)
+            self.means[name].update(value.detach(), len(probs))
         if label_matters:
             label = batch["label"].long()
-            self.label_acc.update(logits.squeeze(-1) if logits.shape[-1] == 1 else logits, label.view(-1) if logits.shape[-1] == 1 else label)
+            self.label_acc.update(logits.view(label.shape) if logits.shape[-1] == 1 else logits, label)
         if "concepts" in batch:
             self.concepts.update(probs.float(), batch["concepts"])
 
     def finish(self) -> dict[str, Tensor]:
         """The values by name, without those that were not measured; starts over."""
-        values: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {name: mean.compute() for name, mean in self.means.items() if mean.update_called}
         if self.label_acc.update_called:
             values["label_acc"] = self.label_acc.compute()
         if any(metric.update_called for metric in self.concepts.values()):
             values |= self.concepts.compute()
-        self.label_acc.reset()
-        self.concepts.reset()
+        self.reset()
         return {name: value for name, value in values.items() if not torch.isnan(value)}
+
+    def reset(self) -> None:
+        """Forget every batch."""
+        self.means.clear()
+        # states made under inference mode could not be updated by the validation within a fit
+        with torch.inference_mode(False):
+            self.label_acc.reset()
+            self.concepts.reset()
 
 
 @torch.no_grad()
@@ -75,7 +89,9 @@ def training_metrics(probs: Tensor, logits: Tensor, batch: Batch, task: Task, la
     values: dict[str, Tensor] = {}
     if label_matters:
         label = batch["label"]
-        right = logits.argmax(-1) == label if task == "multiclass" else (logits >= 0).view(label.shape) == (label >= 0.5)
+        right = (
+            logits.argmax(-1) == label if task == "multiclass" else (logits >= 0).view(label.shape) == (label >= 0.5)
+        )
         values["label_acc"] = right.float().mean()
     if "concepts" in batch:
         concepts = batch["concepts"]

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cbm_lightning.batches import check_concepts, read_batch
 from cbm_lightning.checkpoints import PortableModule
 from cbm_lightning.data_facts import check_agreement
-from cbm_lightning.optimization import ClassSpec, check_positive, check_weights, make_optimizer, make_scheduler
+from cbm_lightning.optimization import (
+    ClassSpec,
+    check_optimizer,
+    check_positive,
+    check_scheduler,
+    check_weights,
+    make_optimizer,
+    make_scheduler,
+)
 from cbm_lightning.phases import PARTS, Phase, make_phases, phase_starts
+from cbm_lightning.preflight import check_monitors, check_stopping, check_strategy
 from cbm_lightning.types import Batch, ConceptOutput
 
 if TYPE_CHECKING:
@@ -61,56 +71,38 @@ class PhasedTraining(PortableModule):
             raise ValueError(f"lr_multipliers: expected parts of {PARTS}, got {sorted(unknown)}")
         self.weight_decay = check_weights("weight_decay", {"all": weight_decay})["all"]
         self.optimizer_spec, self.scheduler_spec, self.monitor = optimizer, lr_scheduler, monitor
-        make_optimizer(optimizer, [{"params": [nn.Parameter(torch.zeros(1))]}], lr, weight_decay)  # fails here, not in fit
+        check_optimizer(optimizer, lr, weight_decay)
+        check_scheduler(lr_scheduler, monitor)
         self._starts: list[int] = [0] * len(self.phases)
+        self._optimizer: Optimizer | None = None
         self._scheduler: LRScheduler | None = None
-        self._trainable: set[nn.Parameter] = set()
+        self._paused: list[nn.Parameter] = []
         self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque()
 
     # ---------------------------------------------------------------- before training
 
+    def configure_callbacks(self) -> Sequence[Callback] | Callback:
+        """Bring none, but undo what a failed run left frozen: no other hook comes before callbacks freeze theirs."""
+        self._leave_phase()
+        return super().configure_callbacks()
+
     def setup(self, stage: str) -> None:
         """Check data, phases and monitors against each other before anything trains."""
-        self.phase = EVALUATION
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
             check_agreement(data, self.concept_set, self.num_classes)
         if stage != "fit":
             return
         # a fast_dev_run has one epoch, enough for the first phase
-        dry = bool(self.trainer.fast_dev_run)
+        dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         self._starts = list(range(len(self.phases))) if dry else phase_starts(self.phases, self.trainer.max_epochs)
-        self._check_strategy()
-        self._check_monitors()
+        trainable = {name for name in PARTS if any(p.requires_grad for p in self._part(name).parameters())}
+        check_strategy(self.trainer.strategy, self.phases, self.loss_weights, trainable)
+        check_monitors(self.trainer, self.phases, self.loss_weights, self.monitor)
+        check_stopping(self.trainer, self.phases, self._starts)
         if self.concept_loss.needs_annotations:
             self.concept_loss.fit(self._training_annotations(data))
         self.phase = self.phases[0]
-
-    def _check_strategy(self) -> None:
-        strategy = self.trainer.strategy
-        unused_allowed = not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False)
-        if len(self.phases) > 1 and not unused_allowed:
-            raise ValueError(
-                f"phases {[phase.name for phase in self.phases]} leave parameters unused in turn, which plain DDP cannot "
-                "follow; set the Trainer's strategy to 'ddp_find_unused_parameters_true'"
-            )
-
-    def _check_monitors(self) -> None:
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if monitor is None or not isinstance(callback, (Checkpoint, EarlyStopping)):
-                continue
-            name = monitor.partition("/")[2]
-            for phase in self.phases:
-                off = {loss for loss, weight in {**self.loss_weights, **phase.loss_weights}.items() if weight == 0}
-                unlogged = {f"loss_{loss}" for loss in off} | ({"label_acc"} if "label" in off else set())
-                changes = name == "loss" and any(p.loss_weights != phase.loss_weights for p in self.phases)
-                if name in unlogged or changes:
-                    why = "means another sum in each phase" if changes else f"is not logged in phase {phase.name!r}"
-                    raise ValueError(
-                        f"{type(callback).__name__} monitors {monitor!r}, which {why}; monitor something that all phases "
-                        "log (val/concept_acc, say), or nothing and keep the last checkpoint"
-                    )
 
     def _training_annotations(self, data: Any) -> Tensor:
         """``[N, K]`` annotations of the training set: from the datamodule, or by reading its loader once."""
@@ -121,7 +113,9 @@ class PhasedTraining(PortableModule):
         batches: Iterable[Any] = loader if isinstance(loader, Iterable) else []
         found = [self.read_batch(batch).get("concepts") for batch in batches]
         if not found or any(concepts is None for concepts in found):
-            raise ValueError("concept_loss: 'balanced' weights need annotated concepts in the training batches; give numbers")
+            raise ValueError(
+                "concept_loss: 'balanced' weights need annotated concepts in the training batches; give numbers"
+            )
         annotations = torch.cat([concepts.float() for concepts in found if concepts is not None])
         check_concepts(annotations, self.concept_set)
         return annotations
@@ -133,7 +127,7 @@ class PhasedTraining(PortableModule):
     # ---------------------------------------------------------------- optimizer and schedulers
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimizer with a group a part, without what is frozen (by the user, or by a callback until it unfreezes)."""
+        """One optimizer with a group a part, without what the user froze, or a callback until it unfreezes it."""
         groups = []
         for name in PARTS:
             parameters = [p for p in self._part(name).parameters() if p.requires_grad]
@@ -141,16 +135,13 @@ class PhasedTraining(PortableModule):
                 groups.append({"params": parameters, "lr": self._lr_of(name, self.phases[0]), "name": name})
         if not groups:
             raise ValueError("nothing to train: every parameter of backbone, bottleneck and head is frozen")
-        self._trainable = {p for group in groups for p in group["params"]}  # type: ignore[attr-defined]
-        optimizer = make_optimizer(self.optimizer_spec, groups, self.lr, self.weight_decay)
-        self._scheduler = None
+        self._optimizer = make_optimizer(self.optimizer_spec, groups, self.lr, self.weight_decay)
         if self.scheduler_spec is None:
-            return optimizer
-        self._scheduler, interval = self._make_scheduler(optimizer, 0)
-        config = {"scheduler": self._scheduler, "interval": interval}
+            return self._optimizer
+        self._scheduler, interval = make_scheduler(self.scheduler_spec, self._optimizer, self._phase_steps(0))
         return {
-            "optimizer": optimizer,
-            "lr_scheduler": {**config, "monitor": self.monitor} if self.monitor else config,  # type: ignore[typeddict-item]
+            "optimizer": self._optimizer,
+            "lr_scheduler": {"scheduler": self._scheduler, "interval": interval, "monitor": self.monitor},
         }
 
     def _part(self, name: str) -> nn.Module:
@@ -160,17 +151,17 @@ class PhasedTraining(PortableModule):
     def _lr_of(self, part: str, phase: Phase) -> float:
         return (self.lr if phase.lr is None else phase.lr) * self.lr_multipliers.get(part, 1.0)
 
-    def _make_scheduler(self, optimizer: Optimizer, index: int) -> tuple[LRScheduler, str]:
-        assert self.scheduler_spec is not None
+    def _phase_steps(self, index: int) -> int | None:
+        """Optimizer steps of a phase, None if it has no end."""
         trainer = self.trainer
-        ends = [*self._starts[1:], trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else None]
-        end = ends[index]
-        epochs = None if end is None else end - self._starts[index]
-        if epochs is None:
-            return make_scheduler(self.scheduler_spec, optimizer, None, 0)
-        total = trainer.estimated_stepping_batches
-        steps_per_epoch = max(int(total) // (trainer.max_epochs or 1), 1)
-        return make_scheduler(self.scheduler_spec, optimizer, epochs, steps_per_epoch)
+        trainer.fit_loop.setup_data()  # before it the number of batches is unknown
+        batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+        an_epoch = math.ceil(batches) if math.isfinite(batches) else math.inf
+        limits = [limit if limit and limit > 0 else math.inf for limit in (trainer.max_epochs, trainer.max_steps)]
+        start, end = self._starts[index], [*self._starts[1:], limits[0]][index]
+        steps = min(end * an_epoch, limits[1]) - (start and start * an_epoch)
+        # a phase that the run ends before still gets a schedule
+        return max(int(steps), 1) if math.isfinite(steps) else None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Step, then let the bottleneck project its parameters."""
@@ -186,41 +177,58 @@ class PhasedTraining(PortableModule):
 
     def weights_of(self, names: Iterable[str]) -> dict[str, float]:
         """The factor of each named loss in the current phase; 1 where none was given."""
-        given = {**self.loss_weights, **self.phase.loss_weights}
+        given = self.phase.weights(self.loss_weights)
         return {name: given.get(name, 1.0) for name in names}
 
     def on_train_start(self) -> None:
-        """Put frozen parts into evaluation mode before the first batch."""
-        self.train()
+        """Enter the phase of the first epoch, or of the middle of one where a run is resumed there."""
+        self._enter_phase()
 
     def on_train_epoch_start(self) -> None:
         """Restore the randomness of a resumed run, and enter a phase when its first epoch begins."""
-        self.restore_randomness()
-        index = max(i for i, start in enumerate(self._starts) if start <= self.current_epoch)
-        self.phase = self.phases[index]
-        for name in PARTS:
-            trains = name in self.phase.train
-            for parameter in self._part(name).parameters():
-                if not trains or parameter in self._trainable:
-                    parameter.requires_grad_(trains)
-        self.train()
-        if self.current_epoch == self._starts[index]:
-            self._restart_rates(index)
+        if self.restore_randomness() and (fetcher := self.trainer.fit_loop._data_fetcher) is not None:
+            # the iterator was made, and its workers sent for batches, before the sampler was told the epoch
+            iter(fetcher)
+        self._recent.clear()
+        self._enter_phase()
+        self._restart_rates(self.current_epoch)
 
-    def _restart_rates(self, index: int) -> None:
-        """Set learning rates and scheduler to the start of a phase, unless a foreign scheduler is at work."""
+    def _enter_phase(self) -> None:
+        self.phase = self.phases[max(i for i, start in enumerate(self._starts) if start <= self.current_epoch)]
+        # what the optimizer does not hold was frozen by the user, or by a callback that adds it when it unfreezes
+        held = {p for optimizer in self.trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        for name in PARTS:
+            for parameter in held.intersection(self._part(name).parameters()):
+                parameter.requires_grad_(name in self.phase.train)
+        self._paused = [parameter for parameter in held if not parameter.requires_grad]
+        self.train()
+
+    def _leave_phase(self) -> None:
+        """Return to the state in which every loss counts and every part trains."""
+        for parameter in self._paused:
+            parameter.requires_grad_(True)
+        self._paused, self._optimizer, self._scheduler = [], None, None
+        self._recent.clear()
+        self.phase = EVALUATION
+
+    def _restart_rates(self, epoch: int) -> None:
+        """Set learning rates and scheduler to the start of the phase that begins with an epoch, if one does.
+
+        Not while the learning rate finder is at work, nor where a user's own ``configure_optimizers`` made them.
+        """
         configs = self.trainer.lr_scheduler_configs
-        ours = [] if self._scheduler is None else [self._scheduler]
-        if [config.scheduler for config in configs] != ours:
-            return  # the learning rate finder, or a user's own configure_optimizers
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        assert isinstance(optimizer, Optimizer)
-        for group in optimizer.param_groups:
+        foreign = [config.scheduler for config in configs] != ([] if self._scheduler is None else [self._scheduler])
+        if epoch not in self._starts or self._optimizer is None or foreign:
+            return
+        index = self._starts.index(epoch)
+        for group in self._optimizer.param_groups:
             if group.get("name") in PARTS:
-                group["lr"] = group["initial_lr"] = self._lr_of(group["name"], self.phases[index])
-        if self._scheduler is not None:
-            self._scheduler, configs[0].interval = self._make_scheduler(optimizer, index)  # type: ignore[assignment]
-            configs[0].scheduler = self._scheduler  # type: ignore[assignment]
+                group["lr"] = self._lr_of(group["name"], self.phases[index])
+            group["initial_lr"] = group["lr"]
+        if self.scheduler_spec is not None:
+            made = make_scheduler(self.scheduler_spec, self._optimizer, self._phase_steps(index))
+            self._scheduler, configs[0].interval = made
+            configs[0].scheduler = self._scheduler
 
     def train(self, mode: bool = True) -> PhasedTraining:
         """Set the training mode, except for parts that stand still in this phase: their BatchNorm must not move."""
@@ -237,32 +245,35 @@ class PhasedTraining(PortableModule):
             return min((self.current_epoch + within) / trainer.max_epochs, 1.0)
         return min(self.global_step / trainer.max_steps, 1.0) if trainer.max_steps > 0 else 0.0
 
-    def on_fit_end(self) -> None:
-        """Return to the state in which every loss counts."""
-        self.phase = EVALUATION
+    def teardown(self, stage: str) -> None:
+        """Leave the last phase."""
+        self._leave_phase()
 
     # ---------------------------------------------------------------- statistics of training predictions
 
     def keep_statistics(self, output: ConceptOutput) -> None:
-        """Keep the predictions of a training step if the bottleneck fits statistics on them."""
-        if (size := self.bottleneck.statistics_size) > 0:
+        """Keep the predictions of a training step if the bottleneck trains and fits statistics on them."""
+        if (size := self.bottleneck.statistics_size) > 0 and "bottleneck" in self.phase.train:
             self._recent.append((output.logits.detach(), output.probs.detach(), output.values.detach()))
             if len(self._recent) > max(size // max(len(output.logits), 1), 1):
                 self._recent.popleft()
 
     def on_validation_epoch_start(self) -> None:
-        """Fit the statistics before checkpoints are written after validation."""
+        """Fit the statistics before they are used, and before checkpoints are written after validation."""
         self._fit_statistics()
 
     def on_train_epoch_end(self) -> None:
-        """Fit the statistics where there was no validation."""
+        """Fit the statistics where there was no validation, or where it ran on averaged weights.
+
+        Learning rates restart here already, so that callbacks see those of the next phase when its epoch starts.
+        """
         self._fit_statistics()
+        self._restart_rates(self.current_epoch + 1)
 
     def _fit_statistics(self) -> None:
         if not self._recent or self.trainer.sanity_checking:
             return
         stacked = [torch.cat(column) for column in zip(*self._recent, strict=True)]
-        self._recent.clear()
         if self.trainer.world_size > 1:
-            stacked = [self.all_gather(column).flatten(0, 1) for column in stacked]  # type: ignore[union-attr]
+            stacked = [torch.cat(gather_all_tensors(column)) for column in stacked]
         self.bottleneck.fit_statistics(*stacked)

@@ -64,7 +64,9 @@ def test_test_without_a_checkpoint_warns(toy_config: str) -> None:
 
 
 def test_what_the_user_typed_survives_the_link(toy_config: str) -> None:
-    cli = main(["validate", "-c", toy_config, "--model.concepts", '["red","round","small","wet"]', "--model.num_classes=3"])
+    cli = main(
+        ["validate", "-c", toy_config, "--model.concepts", '["red","round","small","wet"]', "--model.num_classes=3"]
+    )
     assert cli.model.class_names is None
     with pytest.raises(ValueError, match="the model has 5 concepts, ToyData has 4"):
         main(["validate", "-c", toy_config, "--model.concepts=5"])

@@ -35,7 +35,9 @@ def test_unknown_annotations_change_nothing_and_get_no_gradient() -> None:
         gradient = torch.autograd.grad(loss, logits)[0]
         assert gradient[~known].abs().sum() == 0
         assert gradient[known].abs().min() > 0
-    torch.testing.assert_close(build()(logits, concepts), binary_cross_entropy_with_logits(logits[known], concepts[known]))
+    torch.testing.assert_close(
+        build()(logits, concepts), binary_cross_entropy_with_logits(logits[known], concepts[known])
+    )
     assert build()(logits, torch.full((8, 3), NAN)) == 0
 
 
@@ -70,7 +72,12 @@ def test_categorical_groups_use_their_softmax_and_real_concepts_the_squared_erro
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"reduction": "max"}, "reduction"), ({"weight": [1.0]}, "weight"), ({"pos_weight": "even"}, "pos_weight"), ({"weight": [1, -1, 1]}, "weight")],
+    [
+        ({"reduction": "max"}, "reduction"),
+        ({"weight": [1.0]}, "weight"),
+        ({"pos_weight": "even"}, "pos_weight"),
+        ({"weight": [1, -1, 1]}, "weight"),
+    ],
 )
 def test_bad_options_name_the_field(options, field) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):
@@ -79,10 +86,14 @@ def test_bad_options_name_the_field(options, field) -> None:
 
 def test_label_losses() -> None:
     logits, label = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
-    torch.testing.assert_close(label_loss(logits, label, "multiclass", 0.1), cross_entropy(logits, label, label_smoothing=0.1))
+    torch.testing.assert_close(
+        label_loss(logits, label, "multiclass", 0.1), cross_entropy(logits, label, label_smoothing=0.1)
+    )
     yes = torch.tensor([0, 1, 1, 0, 1])
     torch.testing.assert_close(
         label_loss(logits[:, :1], yes, "binary", 0.2), binary_cross_entropy_with_logits(logits[:, 0], yes * 0.8 + 0.1)
     )
     several = (torch.rand(5, 4) > 0.5).long()
-    torch.testing.assert_close(label_loss(logits, several, "multilabel"), binary_cross_entropy_with_logits(logits, several.float()))
+    torch.testing.assert_close(
+        label_loss(logits, several, "multilabel"), binary_cross_entropy_with_logits(logits, several.float())
+    )

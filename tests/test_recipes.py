@@ -16,8 +16,14 @@ from cbm_lightning.cli import main
 
 SHORT = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
 SHORT += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
-TINY = ["--model.backbone.name=test_resnet.r160_in1k", "--model.backbone.pretrained=false", "--model.backbone.img_size=64"]
-RECIPES = sorted(path.name.removesuffix(".yaml") for path in files("cbm_lightning.recipes").iterdir() if path.name.endswith(".yaml"))
+TINY = [
+    "--model.backbone.name=test_resnet.r160_in1k",
+    "--model.backbone.pretrained=false",
+    "--model.backbone.img_size=64",
+]
+RECIPES = sorted(
+    path.name.removesuffix(".yaml") for path in files("cbm_lightning.recipes").iterdir() if path.name.endswith(".yaml")
+)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,9 @@ WIDTH, CONCEPTS, CLASSES = 6, 4, 3
 class ToyBackbone(Backbone):
     """Linear, BatchNorm and dropout over ``[B, 6]`` inputs; counts its calls."""
 
-    def __init__(self, width: int = 8, dropout: float = 0.0, *, frozen: bool = False, freeze_norm: bool = False) -> None:
+    def __init__(
+        self, width: int = 8, dropout: float = 0.0, *, frozen: bool = False, freeze_norm: bool = False
+    ) -> None:
         super().__init__(frozen=frozen, freeze_norm=freeze_norm)
         self.layers = nn.Sequential(nn.Linear(WIDTH, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(dropout))
         self.dims = FeatureDims(width)
@@ -44,7 +46,9 @@ def toy_tensors(n: int, seed: int = 0) -> dict[str, Tensor]:
 class ToyData(ConceptDataModule):
     """Drawn numbers under the contract of our datamodules."""
 
-    def __init__(self, n: int = 96, n_eval: int = 41, *, batch_size: int = 16, num_workers: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self, n: int = 96, n_eval: int = 41, *, batch_size: int = 16, num_workers: int = 0, seed: int = 0
+    ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.sizes = {"train": n, "val": n_eval, "test": n_eval}
 
@@ -70,17 +74,19 @@ class ToyData(ConceptDataModule):
 class ForeignData(LightningDataModule):
     """A user's own datamodule that knows nothing of concepts: yields ``(x, y)`` or ``(x, c, y)``."""
 
-    def __init__(self, with_concepts: bool = True) -> None:
+    def __init__(self, with_concepts: bool = True, shuffle: bool = False) -> None:
         super().__init__()
         self.with_concepts = with_concepts
+        self.shuffle = shuffle
 
-    def _loader(self, seed: int) -> DataLoader[Any]:
+    def _loader(self, seed: int, shuffle: bool = False) -> DataLoader[Any]:
         rows = toy_tensors(48, seed)
         names = ("image", "concepts", "label") if self.with_concepts else ("image", "label")
-        return DataLoader(torch.utils.data.TensorDataset(*(rows[name] for name in names)), batch_size=16)
+        dataset = torch.utils.data.TensorDataset(*(rows[name] for name in names))
+        return DataLoader(dataset, batch_size=16, shuffle=shuffle)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader(0)
+        return self._loader(0, self.shuffle)
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader(1)
@@ -91,5 +97,10 @@ class ForeignData(LightningDataModule):
 
 def quiet_trainer(**options: Any) -> Trainer:
     """A Trainer that writes nothing and prints little."""
-    silent = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    silent = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 1, **silent, **options})

@@ -53,7 +53,9 @@ class EmbeddingBottleneck(Bottleneck):
         """Make the embedding map and the scorer."""
         if concepts.is_real().any():
             real = [name for name, kind in zip(concepts.names, concepts.kinds, strict=True) if kind == "real"]
-            raise ValueError(f"concepts {real} are real-valued; an embedding is mixed by a probability. Use LinearBottleneck")
+            raise ValueError(
+                f"concepts {real} are real-valued; an embedding is mixed by a probability. Use LinearBottleneck"
+            )
         self.concepts = concepts
         self.layout = ValueLayout(len(concepts), self.embedding_size)
         self.activation = ConceptActivation(concepts)

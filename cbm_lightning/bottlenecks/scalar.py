@@ -90,5 +90,7 @@ class ScalarBottleneck(Bottleneck):
         """Set ``value_range`` to the 5th and 95th percentile of the training predictions, concept by concept."""
         values = values[..., : self.layout.concepts].float()
         # sorting a column at a time: torch.quantile refuses more than 16 million elements
-        quantiles = torch.stack([torch.quantile(column, values.new_tensor([0.05, 0.95])) for column in values.unbind(1)], 1)
+        quantiles = torch.stack(
+            [torch.quantile(column, values.new_tensor([0.05, 0.95])) for column in values.unbind(1)], 1
+        )
         self.value_range.copy_(torch.where(self.activation.real, self.value_range, quantiles))

@@ -38,7 +38,8 @@ class LinearHead(LabelHead):
     def concept_weight(self) -> Tensor:
         """``[L, K, m]`` weights of the concepts, without those of the free dimensions."""
         concepts, width, _ = self.layout
-        return self.linear.weight[:, : concepts * width].unflatten(1, (concepts, width))
+        weight: Tensor = self.linear.weight[:, : concepts * width].unflatten(1, (concepts, width))
+        return weight
 
     def contributions(self, output: ConceptOutput) -> Contributions | None:
         """Weight times value, summed within each concept; bias and free dimensions apart."""
@@ -48,11 +49,7 @@ class LinearHead(LabelHead):
         values = output.values[:, : concepts * width].unflatten(1, (concepts, width))
         weight = self.concept_weight()
         # with one number a concept a broadcast product is several times faster than the sum over a size-1 axis
-        each = (
-            values[:, None, :, 0] * weight[None, :, :, 0]
-            if width == 1
-            else (values[:, None] * weight[None]).sum(-1)
-        )
+        each = values[:, None, :, 0] * weight[None, :, :, 0] if width == 1 else (values[:, None] * weight[None]).sum(-1)
         other = {}
         if self.bias:
             other["bias"] = self.linear.bias.expand(len(values), -1)

@@ -68,12 +68,13 @@ class ResidualHead(LabelHead):
         return self.head.losses()
 
     def diagnostics(self, output: ConceptOutput) -> dict[str, Tensor]:
-        """``residual_share`` in [0, 1]: the side channel's part of the squared logits, both centred over the classes.
+        """``residual_share`` in [0, 1]: the side channel's part of the squared logits, averaged over the samples.
 
-        A constant over the classes decides nothing, hence the centring; a binary logit is taken as it is.
+        Both parts are centred over the classes, for a constant decides nothing; a binary logit is taken as it is.
         """
         residual, concepts = self.residual(output), self.head(output)
         if self.task == "multiclass":
             residual, concepts = (x - x.mean(-1, keepdim=True) for x in (residual, concepts))
-        side, rest = residual.square().sum(), concepts.square().sum()
-        return {"residual_share": side / (side + rest).clamp(min=1e-12), **self.head.diagnostics(output)}
+        side, rest = residual.square().sum(-1), concepts.square().sum(-1)
+        share = (side / (side + rest).clamp(min=1e-12)).mean()
+        return {"residual_share": share, **self.head.diagnostics(output)}

@@ -34,7 +34,9 @@ def test_the_head_reads_what_the_link_says(link: str) -> None:
     assert output.values.requires_grad
 
 
-@pytest.mark.parametrize(("link", "low", "high"), [("sigmoid", 0, 1), ("hard", 0, 1), ("logits", -5, 5), ("relu", 0, 5)])
+@pytest.mark.parametrize(
+    ("link", "low", "high"), [("sigmoid", 0, 1), ("hard", 0, 1), ("logits", -5, 5), ("relu", 0, 5)]
+)
 def test_corrections_before_any_statistics(link: str, low: float, high: float) -> None:
     bottleneck = make(link)
     output = bottleneck(Features(torch.randn(4, 5)))
@@ -72,7 +74,9 @@ def test_statistics_are_percentiles_of_the_training_predictions() -> None:
     torch.testing.assert_close(bottleneck.value_range[:, :2], expected)
     assert bottleneck.value_range[:, 2].tolist() == [0.0, 1.0]
     output = bottleneck(Features(torch.randn(2, 5)))
-    torch.testing.assert_close(bottleneck.intervene(output, correct(output, [1.0, 0.0, 7.5])).values[:, 2], torch.tensor([7.5] * 2))
+    torch.testing.assert_close(
+        bottleneck.intervene(output, correct(output, [1.0, 0.0, 7.5])).values[:, 2], torch.tensor([7.5] * 2)
+    )
     assert "value_range" in bottleneck.state_dict()
 
 
@@ -87,7 +91,12 @@ def test_randint_masks_by_sample_and_by_batch() -> None:
 
 @pytest.mark.parametrize(
     ("options", "field"),
-    [({"link": "tanh"}, "link"), ({"extra_dims": -1}, "extra_dims"), ({"randint": 1.5}, "randint"), ({"randint_scope": "x"}, "randint_scope")],
+    [
+        ({"link": "tanh"}, "link"),
+        ({"extra_dims": -1}, "extra_dims"),
+        ({"randint": 1.5}, "randint"),
+        ({"randint_scope": "x"}, "randint_scope"),
+    ],
 )
 def test_bad_options_name_the_field(options: dict, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):

@@ -24,7 +24,9 @@ def output_of(name: str, batch: int = 6) -> tuple[ConceptOutput, ValueLayout]:
 
 
 @pytest.mark.parametrize("task", ["multiclass", "binary", "multilabel"])
-@pytest.mark.parametrize("head", [LinearHead(), LinearHead(bias=False), ResidualHead()], ids=["linear", "no bias", "residual"])
+@pytest.mark.parametrize(
+    "head", [LinearHead(), LinearHead(bias=False), ResidualHead()], ids=["linear", "no bias", "residual"]
+)
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_contributions_sum_to_the_logits_exactly(name: str, head, task: str) -> None:
     output, layout = output_of(name)

@@ -47,7 +47,9 @@ def test_accuracy_counts_annotated_entries_only() -> None:
     known = ~concepts.isnan()
     right = ((probs >= 0.5) == (concepts >= 0.5)) & known
     assert in_batches(ConceptAccuracy(4), probs, concepts).item() == pytest.approx((right.sum() / known.sum()).item())
-    torch.testing.assert_close(in_batches(ConceptAccuracy(4, average=None), probs, concepts), right.sum(0) / known.sum(0))
+    torch.testing.assert_close(
+        in_batches(ConceptAccuracy(4, average=None), probs, concepts), right.sum(0) / known.sum(0)
+    )
     joint = (right | ~known).all(1).float().mean().item()
     assert in_batches(ConceptJointAccuracy(4), probs, concepts).item() == pytest.approx(joint)
 
@@ -67,7 +69,9 @@ def test_real_concepts_count_in_their_own_metric_only() -> None:
     assert in_batches(RealConceptError(MIXED), probs, concepts) == 2.0
 
 
-@pytest.mark.parametrize("metric", [ConceptAUROC(2), ConceptAveragePrecision(2), ConceptCalibrationError(2), ConceptAccuracy(2)])
+@pytest.mark.parametrize(
+    "metric", [ConceptAUROC(2), ConceptAveragePrecision(2), ConceptCalibrationError(2), ConceptAccuracy(2)]
+)
 def test_nothing_annotated_is_not_a_number_rather_than_a_score(metric) -> None:
     assert in_batches(metric, torch.rand(5, 2), torch.full((5, 2), torch.nan)).isnan()
 

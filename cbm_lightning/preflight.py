@@ -1,0 +1,79 @@
+"""What cannot work in a run of several phases is refused before it trains anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.strategies import DDPStrategy
+
+from cbm_lightning.phases import PARTS, Phase
+
+
+def check_strategy(strategy: Any, phases: Sequence[Phase], weights: Mapping[str, float], trainable: set[str]) -> None:
+    """Check that data parallel training can follow the phases.
+
+    Args:
+        strategy: The Trainer's.
+        phases: In order.
+        weights: The module's weights of losses.
+        trainable: The parts with parameters that are not frozen for good.
+
+    Raises:
+        ValueError: Plain DDP, which needs a gradient of every parameter in every step, and a phase that does not train
+            everything.
+    """
+    if not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False):
+        return
+    for phase in phases:
+        unused = set(PARTS) - set(phase.train) | ({"head"} if "label" in phase.losses_off(weights) else set())
+        if idle := sorted(unused & trainable):
+            raise ValueError(
+                f"phase {phase.name!r} leaves the parameters of {idle} unused, which plain DDP cannot follow; set the "
+                "Trainer's strategy to 'ddp_find_unused_parameters_true'"
+            )
+
+
+def check_monitors(
+    trainer: Trainer, phases: Sequence[Phase], weights: Mapping[str, float], scheduler_monitor: str | None
+) -> None:
+    """Check that every monitored value exists, and means the same, in all phases.
+
+    Raises:
+        ValueError: A phase does not log it, or a callback compares total losses that differ in their terms.
+    """
+    watched = [(type(c).__name__, getattr(c, "monitor", None)) for c in _watchers(trainer)]
+    for owner, monitor in [*watched, ("lr_scheduler", scheduler_monitor)]:
+        _, _, name = (monitor or "").partition("/")
+        for phase in phases:
+            off = phase.losses_off(weights)
+            unlogged = {f"loss_{loss}" for loss in off} | ({"label_acc"} if "label" in off else set())
+            # a scheduler starts anew in each phase, so its loss may be another one
+            differs = name == "loss" and owner != "lr_scheduler" and phase.loss_weights != phases[0].loss_weights
+            if name in unlogged or differs:
+                why = "means another sum in each phase" if differs else f"is not logged in phase {phase.name!r}"
+                raise ValueError(
+                    f"{owner} monitors {monitor!r}, which {why}; monitor something that all phases log, or nothing and "
+                    "keep the last checkpoint"
+                )
+
+
+def check_stopping(trainer: Trainer, phases: Sequence[Phase], starts: Sequence[int]) -> None:
+    """Check that no callback ends the run before the last phase begins.
+
+    Raises:
+        ValueError: There are several phases, and EarlyStopping may stop in an earlier one.
+    """
+    stopping = [c for c in _watchers(trainer) if isinstance(c, EarlyStopping)]
+    if len(phases) > 1 and stopping and (trainer.min_epochs or 0) <= starts[-1]:
+        raise ValueError(
+            f"{type(stopping[0]).__name__} may end the run before phase {phases[-1].name!r} begins; give the phases "
+            f"their epochs and drop it, or set the Trainer's min_epochs above {starts[-1]}"
+        )
+
+
+def _watchers(trainer: Trainer) -> list[Callback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, (Checkpoint, EarlyStopping))]
