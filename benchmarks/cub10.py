@@ -2,8 +2,8 @@
 
     python benchmarks/cub10.py --shared ../shared
 
-The backbone (mobilenetv2_100 with iNaturalist bird weights) is frozen and each photograph is encoded once, so that a run
-costs seconds; everything else is the recipe as shipped. ``--finetune`` trains the backbone too, as the recipes do.
+The backbone (mobilenetv2_100 with iNaturalist bird weights) is frozen and each photograph is encoded once, so that a
+run costs seconds; everything else is the recipe as shipped. ``--finetune`` trains the backbone too, as the recipes do.
 """
 
 from __future__ import annotations

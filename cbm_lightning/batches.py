@@ -48,8 +48,9 @@ def check_batch(batch: Batch, concepts: ConceptSet, num_classes: int, task: Task
         check_concepts(batch["concepts"], concepts)
     elif needs_concepts:
         raise ValueError(
-            f"the batch has no 'concepts', only {sorted(batch)}, but this bottleneck learns from annotated concepts; yield "
-            "(x, concepts, y) or a dict with 'concepts', or use a bottleneck that needs none, such as SimilarityBottleneck"
+            f"the batch has no 'concepts', only {sorted(batch)}, but this bottleneck learns from annotated concepts; "
+            "yield (x, concepts, y) or a dict with 'concepts', or use a bottleneck that needs none, such as "
+            "SimilarityBottleneck"
         )
 
 
@@ -68,9 +69,8 @@ def check_labels(label: Tensor, num_classes: int, task: Task) -> None:
         raise ValueError(f"label: expected class indices (integers), got {label.dtype}")
     top = num_classes - 1 if task == "multiclass" else 1
     if label.numel() and (label.min() < 0 or label.max() > top):
-        raise ValueError(
-            f"label: expected values from 0 to {top} ({num_classes} classes), got {label.min().item()} to {label.max().item()}"
-        )
+        low, high = label.min().item(), label.max().item()
+        raise ValueError(f"label: expected values from 0 to {top} ({num_classes} classes), got {low} to {high}")
 
 
 def check_concepts(values: Tensor, concepts: ConceptSet) -> None:
@@ -87,8 +87,8 @@ def check_concepts(values: Tensor, concepts: ConceptSet) -> None:
     if outside.any():
         row, k = outside.nonzero()[0].tolist()
         raise ValueError(
-            f"concepts: expected values in [0, 1] or NaN, got {values[row, k].item():g} for {concepts.names[k]!r}; scale it, "
-            "or declare the concept's kind as 'real'"
+            f"concepts: expected values in [0, 1] or NaN, got {values[row, k].item():g} for {concepts.names[k]!r}; "
+            "scale it, or declare the concept's kind as 'real'"
         )
 
 

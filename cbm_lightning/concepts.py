@@ -91,8 +91,8 @@ class ConceptSet:
             kinds = {self.kinds[self.index(member)] for member in members}
             if "categorical" in kinds and (kinds != {"categorical"} or len(members) < 2):
                 raise ValueError(
-                    f"groups: group {group!r} mixes kinds {sorted(kinds)} or has one member; a categorical group has at "
-                    "least two members, all categorical"
+                    f"groups: group {group!r} mixes kinds {sorted(kinds)} or has one member; a categorical group has "
+                    "at least two members, all categorical"
                 )
         for name, kind in zip(self.names, self.kinds, strict=True):
             if kind == "categorical" and name not in owner:
@@ -182,8 +182,8 @@ class ConceptSet:
         found += self._inseparable_pairs(concepts, [k for k in binary if k not in constant])
         if labels is not None and self._is_function_of_class(concepts, labels):
             found.append(
-                "the concept vector is a function of the class: images of a class never differ in a concept, so concept "
-                "accuracy is partly class accuracy and concepts can be read off the class"
+                "the concept vector is a function of the class: images of a class never differ in a concept, so "
+                "concept accuracy is partly class accuracy and concepts can be read off the class"
             )
         return found
 
@@ -266,7 +266,7 @@ class ConceptSet:
             raise ValueError(f"{path} is not a concept set: {error}") from error
 
     def write(self, path: str | Path) -> None:
-        """Write to ``.json``, ``.yaml``/``.yml``, ``.csv`` (header only) or plain text, replacing a file only when done.
+        """Write to ``.json``, ``.yaml``/``.yml``, ``.csv`` (header only) or plain text, replaced only when done.
 
         Raises:
             ValueError: The format holds names only and the set has groups, kinds or texts.

@@ -75,8 +75,8 @@ def check_agreement(data: Any, concepts: ConceptSet, num_classes: int) -> None:
     if isinstance(theirs, ConceptSet) and theirs.names != concepts.names and not _numbered(concepts):
         first = next(k for k in range(len(concepts)) if theirs.names[k] != concepts.names[k])
         raise ValueError(
-            f"concept {first} is {concepts.names[first]!r} in the model and {theirs.names[first]!r} in {owner}; the order "
-            "of the concepts must agree"
+            f"concept {first} is {concepts.names[first]!r} in the model and {theirs.names[first]!r} in {owner}; the "
+            "order of the concepts must agree"
         )
     if (count := getattr(data, "num_classes", None)) is not None and count != num_classes:
         raise ValueError(f"the model has {num_classes} classes, {owner} has {count}; pass the datamodule's num_classes")

@@ -23,8 +23,8 @@ from cbm_lightning.types import Batch
 class EvaluationMetrics(nn.Module):
     """Exact metrics of one evaluation stage: mean losses, label accuracy and the quality of the concepts.
 
-    Sums and counts are kept apart until the end, so that processes with different numbers of samples give the numbers of
-    one process.
+    Sums and counts are kept apart until the end, so that processes with different numbers of samples give the
+    numbers of one process.
 
     Args:
         concepts: The concept set.

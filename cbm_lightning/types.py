@@ -74,7 +74,7 @@ class ConceptOutput:
         features: The features it came from, so that an intervention never runs the backbone again.
         logits: ``[B, K]`` concept scores, for losses.
         probs: ``[B, K]`` in [0, 1] (the predicted value itself for real-valued concepts), for metrics.
-        values: What the head reads, ``[B, V]``, or ``[S, B, V]``, ``[B, T, V]``, ``[S, B, T, V]`` with the axes named below.
+        values: What the head reads, ``[B, V]``; or ``[S, B, V]``, ``[B, T, V]``, ``[S, B, T, V]``, as named below.
         sample_dim: True if ``values`` begins with an axis of samples.
         time_dim: True if ``values`` has a time axis after the batch axis.
         maps: ``[B, K, h, w]`` where each concept looks, if the bottleneck computes it.

@@ -13,7 +13,12 @@ from cbm_lightning.cli import main
 TOY = """
 seed_everything: 1
 trainer:
-  {max_epochs: 2, accelerator: cpu, enable_progress_bar: false, enable_model_summary: false, logger: false, log_every_n_steps: 1}
+  max_epochs: 2
+  accelerator: cpu
+  enable_progress_bar: false
+  enable_model_summary: false
+  logger: false
+  log_every_n_steps: 1
 model:
   class_path: CBMModule
   init_args:

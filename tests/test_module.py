@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -238,8 +241,8 @@ def bad_rows(field: str, value) -> torch.utils.data.DataLoader:
 def test_bad_batches_fail_before_the_first_step(field, value, message) -> None:
     model = make()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    loader = bad_rows(field, value)
     with pytest.raises((ValueError, TypeError), match=message):
-        loader = bad_rows(field, value)
         quiet_trainer().fit(model, loader, loader)
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
 
@@ -249,8 +252,8 @@ def test_a_datamodule_that_does_not_fit_the_model_is_refused() -> None:
         quiet_trainer().fit(CBMModule(ToyBackbone(), concepts=5, num_classes=CLASSES), ToyData())
     with pytest.raises(ValueError, match="the model has 4 classes, ToyData has 3"):
         quiet_trainer().fit(CBMModule(ToyBackbone(), concepts=4, num_classes=4), ToyData())
+    model = CBMModule(ToyBackbone(), concepts=["red", "wet", "small", "round"], num_classes=CLASSES)
     with pytest.raises(ValueError, match="concept 1 is 'wet' in the model and 'round' in ToyData"):
-        model = CBMModule(ToyBackbone(), concepts=["red", "wet", "small", "round"], num_classes=CLASSES)
         quiet_trainer().fit(model, ToyData())
 
 
@@ -267,24 +270,11 @@ def test_balanced_weights_come_from_the_training_annotations_of_any_data() -> No
 
 
 def test_importing_the_package_imports_nothing_heavy() -> None:
-    import subprocess
-    import sys
+    heavy = "('timm', 'open_clip', 'wandb', 'matplotlib', 'pandas', 'captum', 'sklearn')"
 
-    code = (
-        "import sys, cbm_lightning, cbm_lightning.data, cbm_lightning.callbacks; "
-        "print([m for m in ('timm', 'open_clip', 'wandb', 'matplotlib', 'pandas', 'captum', 'sklearn') if m in sys.modules])"
-    )
-    bare = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code.replace("cbm_lightning.data", "lightning.pytorch")
-            .replace(", cbm_lightning.callbacks", "")
-            .replace("import sys, cbm_lightning,", "import sys,"),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    ours = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert ours.stdout == bare.stdout
+    def loaded_by(modules: str) -> str:
+        code = f"import sys, {modules}; print([name for name in {heavy} if name in sys.modules])"
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    ours = loaded_by("cbm_lightning, cbm_lightning.data, cbm_lightning.callbacks")
+    assert ours == loaded_by("lightning.pytorch, torchmetrics")

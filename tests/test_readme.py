@@ -1,4 +1,4 @@
-"""Every code block of the README runs: Python as it stands, the diff before and after, commands through the same entry."""
+"""Every code block of the README runs: Python as it stands, diffs before and after, commands by the same entry."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ConceptActivation(nn.Module):
         return torch.where(self.categorical, shifted - spread.log(), 0.0)
 
     def harden(self, probs: Tensor) -> Tensor:
-        """0 or 1 by threshold (one half) or by the largest of a group, with the gradient of ``probs`` (straight-through)."""
+        """0 or 1 by threshold (one half) or largest of a group, with the gradient of ``probs`` (straight-through)."""
         hard = (probs >= 0.5).to(probs)
         if self.has_groups:
             largest = (probs == self._group_peak(probs.detach())).to(probs)

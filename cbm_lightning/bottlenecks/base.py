@@ -81,7 +81,7 @@ class Bottleneck(Part):
         """Set buffers from the latest training predictions: the fields of `ConceptOutput` for ``n`` samples."""
 
     def refine(self, output: ConceptOutput, head: torch.nn.Module, intervention: Intervention | None) -> ConceptOutput:
-        """Improve an output at evaluation by optimisation, given the head and what was corrected; identity by default."""
+        """Improve an output in evaluation by optimisation, given head and corrections; identity by default."""
         return output
 
     def on_progress(self, fraction: float) -> None:

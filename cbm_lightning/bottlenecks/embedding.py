@@ -1,4 +1,4 @@
-"""Concept Embedding Models (Espinosa Zarlenga et al., NeurIPS 2022): two vectors a concept, mixed by its probability."""
+"""Concept Embedding Models (Espinosa Zarlenga et al., NeurIPS 2022): two vectors a concept, mixed."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from cbm_lightning.types import Batch, ConceptOutput, FeatureDims, Features, Los
 
 
 class Standardizer(nn.Module):
-    """Subtracts the mean and divides by the standard deviation of all training samples seen so far, column by column."""
+    """Subtracts the mean and divides by the standard deviation of all training samples so far, column by column."""
 
     count: Tensor
     mean: Tensor

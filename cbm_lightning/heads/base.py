@@ -51,7 +51,7 @@ class LabelHead(Part):
         return mean_over_samples(logits, self.task) if output.sample_dim else logits
 
     def concept_weight(self) -> Tensor | None:
-        """``[L, K, m]`` if the logits are linear in the values: how each number of each concept weighs on each class."""
+        """``[L, K, m]`` if the logits are linear in the values: how each number of a concept weighs on each class."""
         return None
 
     def contributions(self, output: ConceptOutput) -> Contributions | None:

@@ -38,7 +38,8 @@ class ConceptMetric(Metric):
         """
         if probs.shape != concepts.shape or probs.ndim != 2 or probs.shape[1] != self.num_concepts:
             raise ValueError(
-                f"expected probs and concepts [B, {self.num_concepts}], got {list(probs.shape)} and {list(concepts.shape)}"
+                f"expected probs and concepts [B, {self.num_concepts}], got {list(probs.shape)} and "
+                f"{list(concepts.shape)}"
             )
         return self.discrete & ~concepts.isnan()
 
