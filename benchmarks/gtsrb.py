@@ -54,7 +54,11 @@ def run() -> None:
             lr_scheduler="OneCycleLR",
         )
         trainer = pl.Trainer(
-            max_epochs=options.epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+            max_epochs=options.epochs,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
         )
         start = time.perf_counter()
         trainer.fit(model, datamodule=data)

@@ -68,7 +68,8 @@ def check_labels(label: Tensor, num_classes: int, task: Task) -> None:
     if task == "multiclass" and label.is_floating_point():
         raise ValueError(f"label: expected class indices (integers), got {label.dtype}")
     top = num_classes - 1 if task == "multiclass" else 1
-    if label.numel() and (label.min() < 0 or label.max() > top):
+    # NaN is neither below nor above
+    if label.numel() and not (label.min() >= 0 and label.max() <= top):
         low, high = label.min().item(), label.max().item()
         raise ValueError(f"label: expected values from 0 to {top} ({num_classes} classes), got {low} to {high}")
 
@@ -77,18 +78,19 @@ def check_concepts(values: Tensor, concepts: ConceptSet) -> None:
     """Check ``[B, K]`` annotations.
 
     Raises:
-        ValueError: The number of concepts is another, or a value of a concept that is not real lies outside [0, 1].
+        ValueError: The number of concepts is another, or a value is infinite, or lies outside [0, 1] though its concept
+            is not real.
     """
     if values.ndim != 2 or values.shape[1] != len(concepts):
         raise ValueError(
             f"concepts: the model has {len(concepts)} concepts, the batch has the shape {list(values.shape)}"
         )
-    outside = ((values < 0) | (values > 1)) & ~concepts.is_real().to(values.device)
+    outside = values.isinf() | ((values < 0) | (values > 1)) & ~concepts.is_real().to(values.device)
     if outside.any():
         row, k = outside.nonzero()[0].tolist()
         raise ValueError(
             f"concepts: expected values in [0, 1] or NaN, got {values[row, k].item():g} for {concepts.names[k]!r}; "
-            "scale it, or declare the concept's kind as 'real'"
+            "scale it, or declare the concept's kind as 'real' if it is finite"
         )
 
 

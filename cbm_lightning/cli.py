@@ -10,9 +10,11 @@ from typing import Any
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_info
 
 # imported so that YAML files and flags can use their short names
-from cbm_lightning import backbones, bottlenecks, data, heads, losses, module  # noqa: F401
+from cbm_lightning import backbones, bottlenecks, callbacks, data, heads, losses, module  # noqa: F401
+from cbm_lightning.data import ConceptDataModule
 
 
 class RecipeFile(ActionConfigFile):
@@ -82,17 +84,16 @@ class CBMCommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, or the last weights where none was ranked."""
-        has_test = (
-            self.datamodule is None
-            or self.datamodule.__class__.test_dataloader is not LightningDataModule.test_dataloader
-        )
-        if not has_test:
+        if type(self.datamodule).test_dataloader is LightningDataModule.test_dataloader:
             return
         checkpoint = self.trainer.checkpoint_callback
         ranked = getattr(checkpoint, "best_model_path", "") and getattr(checkpoint, "monitor", None)
         self.trainer.test(
             self.model, datamodule=self.datamodule, ckpt_path="best" if ranked else None, weights_only=True
         )
+        ceiling = self.datamodule.bayes_accuracy() if isinstance(self.datamodule, ConceptDataModule) else None
+        if ceiling is not None:
+            rank_zero_info(f"The best label accuracy that the true concepts allow on this data is {ceiling:.3f}.")
 
 
 def main(args: list[str] | None = None) -> CBMCommandLine:

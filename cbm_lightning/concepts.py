@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import difflib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +16,10 @@ import yaml
 from torch import Tensor
 
 Kind = Literal["binary", "categorical", "real"]
+
+
+class CoOccurrenceWarning(UserWarning):
+    """The training data cannot tell concepts apart, from each other or from the class."""
 
 
 @dataclass(frozen=True)
@@ -192,14 +196,20 @@ class ConceptSet:
         known = (~concepts.isnan()).double()[:, candidates]
         both = known.T @ known
         equal = hard.T @ hard + (known - hard).T @ (known - hard)
-        found = []
-        for i, j in combinations(range(len(candidates)), 2):
-            a, b = self.names[candidates[i]], self.names[candidates[j]]
-            if both[i, j] > 0 and equal[i, j] == both[i, j]:
-                found.append(f"concepts {a!r} and {b!r} are always equal: the data cannot tell them apart")
-            elif both[i, j] > 0 and equal[i, j] == 0:
-                found.append(f"concepts {a!r} and {b!r} are always opposite: the data cannot tell them apart")
-        return found
+        always = (torch.where(equal == both, 1, 0) - torch.where(equal == 0, 1, 0)) * (both > 0)
+        relation = {1: "equal", -1: "opposite"}
+        return [
+            f"concepts {self.names[candidates[i]]!r} and {self.names[candidates[j]]!r} are always "
+            f"{relation[int(always[i, j])]}: the data cannot tell them apart"
+            for i, j in always.triu(1).nonzero().tolist()
+        ]
+
+    def warn(self, concepts: Tensor, labels: Tensor | None = None) -> None:
+        """Warn of what `diagnose` finds, if it finds anything; the first three findings and how many more."""
+        if found := self.diagnose(concepts, labels):
+            more = f" (and {len(found) - 3} more, see ConceptSet.diagnose)" if len(found) > 3 else ""
+            # what holds for all concepts comes last and matters most
+            warnings.warn("; ".join(found[::-1][:3]) + more, CoOccurrenceWarning, stacklevel=2)
 
     @staticmethod
     def _is_function_of_class(concepts: Tensor, labels: Tensor) -> bool:

@@ -25,9 +25,9 @@ def explain_prediction(model: CBMModule, prediction: Prediction, batch: Batch, t
 
     Returns:
         A row a sample and concept: ``sample``, ``predicted`` class and its ``probability``, ``concept``,
-        ``concept_probability``, ``annotation`` (if known), and ``contribution`` to the logit of the predicted class.
-        The rows in angle brackets (``<bias>``, ``<other concepts>``, ...) complete the sum: all contributions of a
-        sample add up to the logit.
+        ``concept_probability``, ``annotation`` (if known), and ``contribution`` to the logit of the predicted class (of
+        class 1 for a binary label, whichever is predicted). The rows in angle brackets (``<bias>``,
+        ``<other concepts>``, ...) complete the sum: all contributions of a sample add up to the logit.
 
     Raises:
         ValueError: The head is not additive, the label is multilabel, or ``top_k`` is below 1.

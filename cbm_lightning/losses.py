@@ -66,7 +66,7 @@ class ConceptLoss(Part):
             numbers = (
                 torch.ones(len(concepts)) if given is None or isinstance(given, str) else torch.tensor(list(given))
             )
-            if numbers.shape != (len(concepts),) or (numbers < 0).any():
+            if numbers.shape != (len(concepts),) or not (numbers.isfinite() & (numbers >= 0)).all():
                 raise ValueError(f"{name}: expected {len(concepts)} numbers of at least 0, one a concept, got {given}")
             self.register_buffer(name, numbers.float())
 
@@ -109,6 +109,6 @@ def label_loss(logits: Tensor, label: Tensor, task: Task, smoothing: float = 0.0
         smoothing: Label smoothing in [0, 1).
     """
     if task == "multiclass":
-        return cross_entropy(logits, label, label_smoothing=smoothing)
+        return cross_entropy(logits, label.long(), label_smoothing=smoothing)
     target = label.to(logits.dtype).view(logits.shape)
     return binary_cross_entropy_with_logits(logits, target * (1.0 - smoothing) + 0.5 * smoothing)

@@ -21,7 +21,7 @@ from cbm_lightning.losses import ConceptLoss, label_loss
 from cbm_lightning.optimization import ClassSpec, check_positive, check_weights
 from cbm_lightning.phases import Phase
 from cbm_lightning.randomness import step_generator
-from cbm_lightning.reporting import EvaluationMetrics, training_metrics
+from cbm_lightning.reporting import EvaluationMetrics, RunningMeans, training_metrics
 from cbm_lightning.training import PhasedTraining
 from cbm_lightning.types import Batch, ConceptOutput, Features, Intervention, LossContext, Prediction
 
@@ -109,6 +109,7 @@ class CBMModule(PhasedTraining):
         self.head.build(self.backbone.dims, self.bottleneck.layout, self.num_classes, task)
         self.concept_loss = ConceptLoss() if concept_loss is None else concept_loss
         self.concept_loss.build(self.concept_set)
+        self.train_means = RunningMeans()
         self.val_scores = EvaluationMetrics(self.concept_set, self.num_classes, task)
         self.test_scores = EvaluationMetrics(self.concept_set, self.num_classes, task)
         self.configure_training(phases, lr, lr_multipliers, weight_decay, optimizer, lr_scheduler, monitor)
@@ -183,15 +184,14 @@ class CBMModule(PhasedTraining):
         total, parts = self.losses(logits, output, content)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(logits))
         report = {**parts, **training_metrics(output.probs, logits, content, self.task, self.label_matters)}
-        self.log_dict(
-            {f"train/{k}": v for k, v in report.items()},
-            on_step=False,
-            on_epoch=True,
-            batch_size=len(logits),
-            sync_dist=True,
-        )
+        self.train_means.update(report, len(logits))
         self.keep_statistics(output)
         return total
+
+    def on_train_epoch_end(self) -> None:
+        """Log the means of the epoch: one call of the logger, where one a step and value would cost milliseconds."""
+        super().on_train_epoch_end()
+        self.log_dict({f"train/{k}": v for k, v in self.train_means.finish().items()}, sync_dist=True)
 
     def head_reads(self, output: ConceptOutput, batch: Batch) -> ConceptOutput:
         """What the head reads in training: predictions, partly corrected ones (RandInt), or annotations."""

@@ -83,6 +83,26 @@ class EvaluationMetrics(nn.Module):
             self.concepts.reset()
 
 
+class RunningMeans:
+    """Means over samples of scalars by name, summed on their device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def update(self, values: dict[str, Tensor], samples: int) -> None:
+        """Count the means of a batch."""
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach() * samples
+            self._counts[name] = self._counts.get(name, 0) + samples
+
+    def finish(self) -> dict[str, Tensor]:
+        """The means by name; starts over."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+
 @torch.no_grad()
 def training_metrics(probs: Tensor, logits: Tensor, batch: Batch, task: Task, label_matters: bool) -> dict[str, Tensor]:
     """Cheap accuracies of one training batch: ``label_acc``, and ``concept_acc`` over annotated entries."""

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import pytest
 import torch
 
-from cbm_lightning.concepts import ConceptSet
+from cbm_lightning.concepts import ConceptSet, CoOccurrenceWarning
 
 RICH = ConceptSet(
     ["colour: red", "colour: blue", "round", "size, cm"],
@@ -73,6 +74,15 @@ def test_diagnose_says_what_the_data_cannot_tell_apart() -> None:
     assert "function of the class" not in found
     by_class = concepts.diagnose(rows[[0, 0, 2, 2]], torch.tensor([0, 0, 1, 1]))
     assert any("function of the class" in sentence for sentence in by_class)
+
+
+def test_warn_is_short_and_silent_where_there_is_nothing_to_say() -> None:
+    rows = torch.rand(50, 3).round()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ConceptSet(["a", "b", "c"]).warn(rows, torch.arange(50) % 3)
+    with pytest.warns(CoOccurrenceWarning, match=r"are always equal.*\(and 3 more, see"):
+        ConceptSet(["a", "b", "c", "d"]).warn(rows[:, [0, 0, 0, 0]])
 
 
 @pytest.mark.parametrize(

@@ -278,3 +278,19 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
     ours = loaded_by("cbm_lightning, cbm_lightning.data, cbm_lightning.callbacks")
     assert ours == loaded_by("lightning.pytorch, torchmetrics")
+
+
+def test_data_can_follow_a_model_without_a_trainer() -> None:
+    from cbm_lightning.backbones import TimmBackbone
+    from cbm_lightning.data import RenderedBirds
+
+    def first_image(birds: RenderedBirds) -> torch.Tensor:
+        birds.setup("test")
+        return next(iter(birds.test_dataloader()))["image"][0]
+
+    sizes = {"num_train": 2, "num_val": 2, "num_test": 2}
+    plain = first_image(RenderedBirds(**sizes))
+    backbone = TimmBackbone("test_resnet.r160_in1k", img_size=64, mean=[0.1, 0.2, 0.3], std=[0.5, 0.5, 0.5])
+    model = CBMModule(backbone, data=RenderedBirds(**sizes))
+    followed = first_image(RenderedBirds(**sizes).follow(model))
+    torch.testing.assert_close(followed, (plain - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.5)

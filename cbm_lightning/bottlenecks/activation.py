@@ -46,22 +46,22 @@ class ConceptActivation(nn.Module):
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """``[..., K]`` log-probabilities within the categorical groups; other entries are zero."""
-        shifted = logits - self._group_peak(logits.detach())
-        total = torch.where(self.categorical, shifted, -torch.inf).exp() @ self.membership.to(logits.dtype)  # [..., G]
-        spread = torch.where(self.categorical, total[..., self.membership.argmax(1)], 1.0)
-        return torch.where(self.categorical, shifted - spread.log(), 0.0)
+        total = self._by_group(logits).logsumexp(-1)  # [..., G]
+        return torch.where(self.categorical, logits - total[..., self.membership.argmax(1)], 0.0)
 
     def harden(self, probs: Tensor) -> Tensor:
-        """0 or 1 by threshold (one half) or largest of a group, with the gradient of ``probs`` (straight-through)."""
-        hard = (probs >= 0.5).to(probs)
-        if self.has_groups:
-            largest = (probs == self._group_peak(probs.detach())).to(probs)
-            hard = torch.where(self.categorical, largest, hard)
-        hard = hard + probs - probs.detach()
-        return torch.where(self.real, probs, hard) if self.has_real else hard
+        """0 or 1 by threshold (one half) or largest of a group, with the gradient of ``probs`` (straight-through).
 
-    def _group_peak(self, x: Tensor) -> Tensor:
-        """``[..., K]`` the largest entry of each one's own group; entries in no group see an arbitrary number."""
-        inside = self.membership.T.bool()  # [G, K]
-        peak = x.unsqueeze(-2).masked_fill(~inside, -torch.inf).amax(-1)  # [..., G]
-        return peak[..., self.membership.argmax(1)]
+        Of equally large members of a group the first one holds.
+        """
+        hard = probs >= 0.5
+        if self.has_groups:
+            largest = self._by_group(probs).argmax(-1)[..., self.membership.argmax(1)]  # [..., K] positions
+            hard = torch.where(self.categorical, largest == torch.arange(probs.shape[-1], device=probs.device), hard)
+        # the difference is zero exactly; added one by one, its terms would round
+        straight = hard.to(probs) + (probs - probs.detach())
+        return torch.where(self.real, probs, straight) if self.has_real else straight
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        """``[..., G, K]`` the entries of each group, minus infinity elsewhere."""
+        return x.unsqueeze(-2).masked_fill(~self.membership.T.bool(), -torch.inf)

@@ -78,14 +78,20 @@ class Bottleneck(Part):
         return (draw < self.randint).to(concepts.device).expand(concepts.shape)
 
     def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:
-        """Set buffers from the latest training predictions: the fields of `ConceptOutput` for ``n`` samples."""
+        """Set buffers from the latest training predictions: the fields of `ConceptOutput` for ``n`` samples.
+
+        Write into them in place (``buffer.copy_(...)``): it may be called in inference mode.
+        """
 
     def refine(self, output: ConceptOutput, head: torch.nn.Module, intervention: Intervention | None) -> ConceptOutput:
         """Improve an output in evaluation by optimisation, given head and corrections; identity by default."""
         return output
 
     def on_progress(self, fraction: float) -> None:
-        """Told before each training step how much of the training is done, in [0, 1]; for temperatures."""
+        """Told before each training step how much of the training is done, in [0, 1]; for temperatures.
+
+        What is set here belongs in a buffer, so that a restored model has it too.
+        """
 
     def constrain(self) -> None:
         """Project parameters after an optimizer step; for non-negative weights and the like."""

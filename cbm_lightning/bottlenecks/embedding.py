@@ -86,5 +86,11 @@ class EmbeddingBottleneck(Bottleneck):
         removed = intervention.mask & intervention.values.isnan()
         corrected = intervention.values if intervention.logits is None else self.activation(intervention.logits)
         probs = torch.where(intervention.mask & ~removed, corrected.to(output.probs.dtype), output.probs)
-        values = self.mix(output.extras["pairs"], probs).unflatten(1, (len(self.concepts), -1))
-        return output.replace(probs=probs, values=values.masked_fill(removed.unsqueeze(-1), 0.0).flatten(1))
+        mixed = self.mix(output.extras["pairs"], probs).masked_fill(self._per_number(removed), 0.0)
+        # what is not corrected stays as it is: an earlier correction may have taken it out
+        values = torch.where(self._per_number(intervention.mask), mixed, output.values)
+        return output.replace(probs=probs, values=values)
+
+    def _per_number(self, mask: Tensor) -> Tensor:
+        """``[B, K]`` to ``[B, K*m]``."""
+        return mask.repeat_interleave(self.embedding_size, dim=1)

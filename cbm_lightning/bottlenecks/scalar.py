@@ -24,7 +24,8 @@ class ScalarBottleneck(Bottleneck):
 
     A correction replaces the number: 0 or 1 with the links ``sigmoid`` and ``hard``; with ``logits`` and ``relu`` the
     5th or the 95th percentile of that concept's training predictions (Koh et al. 2020, section 3), kept in the buffer
-    ``value_range [2, K]``, soft corrections in between. The percentiles are those of the latest training epoch.
+    ``value_range [2, K]``, soft corrections in between. The percentiles are those of the latest training epoch. A
+    correction on the logit scale goes through the link like a prediction.
 
     Args:
         link: The head reads probabilities (``"sigmoid"``), scores (``"logits"``), positive scores (``"relu"``) or 0/1
@@ -74,16 +75,18 @@ class ScalarBottleneck(Bottleneck):
 
     def intervene(self, output: ConceptOutput, intervention: Intervention) -> ConceptOutput:
         """Replace the numbers of corrected concepts; the free dimensions stay."""
-        mask, corrected = intervention.mask, intervention.values.to(output.values.dtype)
-        low, high = self.value_range.to(output.values.dtype)
-        values = low + (high - low) * corrected
-        if intervention.logits is not None:
-            values = self.read(intervention.logits, self.activation(intervention.logits)).to(output.values.dtype)
-        own = output.values[..., : self.layout.concepts]
-        own = torch.where(mask, values.nan_to_num(nan=0.0), own)
+        mask, removed = intervention.mask, intervention.values.isnan()
+        if intervention.logits is None:
+            probs, (low, high) = intervention.values, self.value_range
+            values = low + (high - low) * probs
+        else:
+            probs = self.activation(intervention.logits)
+            values = self.read(intervention.logits, probs)
+        own, free = output.values.split([self.layout.concepts, self.layout.extra], -1)
+        own = torch.where(mask, values.masked_fill(removed, 0.0).to(own.dtype), own)
         return output.replace(
-            probs=torch.where(mask & ~corrected.isnan(), corrected.to(output.probs.dtype), output.probs),
-            values=torch.cat([own, output.values[..., self.layout.concepts :]], -1) if self.layout.extra else own,
+            probs=torch.where(mask & ~removed, probs.to(output.probs.dtype), output.probs),
+            values=torch.cat([own, free], -1),
         )
 
     def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:

@@ -90,7 +90,8 @@ class SimilarityBottleneck(ScalarBottleneck):
         """Encode the concept texts once."""
         self.build_values(concepts)
         given = concepts.embeddings if self._encode is None else self._encode(concepts.prompts())
-        self._encode = None
+        # no longer needed: a model is copied with all that it holds
+        self._encode = self._init_args["text_encoder"] = None
         if given is not None and given.shape != (len(concepts), dims.pooled):
             raise ValueError(
                 f"text embeddings: expected [{len(concepts)}, {dims.pooled}] to match {len(concepts)} concepts and the "
@@ -109,9 +110,11 @@ class SimilarityBottleneck(ScalarBottleneck):
                 "the concept texts were never encoded: pass text_encoder, or a concept set with embeddings, or load a "
                 "checkpoint before the first batch"
             )
-        cosine = normalize(features.pooled, dim=-1) @ self.texts.to(features.pooled.dtype).T
-        logits = cosine * self.scale if self.normalizer is None else self.normalizer(cosine)
-        return self.make_output(features, logits)
+        # half precision would round away the little by which cosines of CLIP models differ
+        with torch.autocast(features.pooled.device.type, enabled=False):
+            cosine = normalize(features.pooled.float(), dim=-1) @ self.texts.float().T
+            logits = cosine * self.scale if self.normalizer is None else self.normalizer(cosine)
+        return self.make_output(features, logits.to(features.pooled.dtype))
 
     def losses(self, output: ConceptOutput, batch: Batch, context: LossContext) -> dict[str, Tensor]:
         """No concept loss: the texts say what the concepts mean."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -57,6 +57,7 @@ class ConceptDataModule(Configurable, LightningDataModule):
         self.num_workers = num_workers
         self.seed = seed
         self.splits: dict[str, SizedDataset] = {}
+        self._followed: LightningModule | None = None
 
     @property
     @abstractmethod
@@ -73,6 +74,10 @@ class ConceptDataModule(Configurable, LightningDataModule):
         """Number of classes ``L``."""
         return len(self.class_names)
 
+    def bayes_accuracy(self) -> float | None:
+        """The best label accuracy that the true concepts allow, None where nobody knows it."""
+        return None
+
     @property
     def feature_dim(self) -> int | None:
         """Width of precomputed features in the batches, None where batches hold images."""
@@ -88,7 +93,11 @@ class ConceptDataModule(Configurable, LightningDataModule):
 
     @abstractmethod
     def annotations(self, split: str) -> tuple[Tensor, Tensor]:
-        """``(concepts [N, K], labels [N])`` of a split without reading an image; call after `setup`."""
+        """``(concepts [N, K], labels [N])`` of a split without reading an image; call after `setup`.
+
+        Raises:
+            KeyError: The data has no annotated concepts.
+        """
 
     def setup(self, stage: str | None = None) -> None:
         """Make the splits that a stage needs, each once.
@@ -103,13 +112,32 @@ class ConceptDataModule(Configurable, LightningDataModule):
                 if len(dataset) == 0:
                     raise ValueError(f"the {name} split of {type(self).__name__} is empty; check its split options")
                 self.splits[name] = dataset
+                if name == "train":
+                    self._warn_of_co_occurrence()
+
+    def _warn_of_co_occurrence(self) -> None:
+        try:
+            annotations = self.annotations("train")
+        except KeyError:
+            return  # nothing is annotated
+        self.concept_set.warn(*annotations)
 
     def backbone(self) -> Backbone | None:
         """The backbone of the model in training, whose transforms and pixel statistics the data follow by default."""
         if self.encoder is not None:
             return self.encoder
-        backbone = getattr(getattr(self.trainer, "lightning_module", None), "backbone", None)
+        model = getattr(self.trainer, "lightning_module", None) or self._followed
+        backbone = getattr(model, "backbone", None)
         return backbone if isinstance(backbone, Backbone) else None
+
+    def follow(self, model: LightningModule) -> Self:
+        """Prepare images as a model wants them where no Trainer does it; call before `setup`.
+
+        Returns:
+            The datamodule itself.
+        """
+        self._followed = model
+        return self
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled anew each epoch, by ``seed`` and epoch."""

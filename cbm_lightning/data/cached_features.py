@@ -116,6 +116,10 @@ class CachedFeatures(ConceptDataModule):
         """Width of the pooled features of the backbone given, None where the model brings its own."""
         return None if self.encoder is None else self.encoder.dims.pooled
 
+    def bayes_accuracy(self) -> float | None:
+        """What the wrapped datamodule knows of the best label accuracy."""
+        return self.data.bayes_accuracy() if isinstance(self.data, ConceptDataModule) else None
+
     def annotations(self, split: str) -> tuple[Tensor, Tensor]:
         """``(concepts [N, K], labels [N])`` of a split; encodes it where only the batches know them.
 

@@ -19,6 +19,7 @@ SPLITS = ("train", "val", "test")
 ROWS = {
     "embedding": ("N", "D"),
     "tokens": ("N", "T", "D"),
+    "token_mask": ("N", "T"),
     "label": ("N",),
     "concepts": ("N", "K"),
     "certainty": ("N", "K"),
@@ -34,7 +35,7 @@ class PrecomputedFeatures(ConceptDataModule):
     """Trains on embeddings that exist already, read from ``.npz`` or ``.safetensors`` arrays.
 
     A file holds ``embedding [N, D]`` or ``tokens [N, T, D]`` (whose mean is the embedding where there is none) and
-    ``label [N]``; optionally ``concepts [N, K]`` in [0, 1] with NaN where not annotated, ``certainty [N, K]``,
+    ``label [N]``; optionally ``token_mask [N, T]`` (False for padding), ``concepts [N, K]`` in [0, 1] with NaN where not annotated, ``certainty [N, K]``,
     ``group [N]``, ``split [N]`` (0, 1, 2 or ``train``, ``val``, ``test``; any other value leaves the row out),
     ``text_embeddings [K, D]`` (they become the embeddings of the `concept_set`), and the string arrays
     ``concept_names [K]`` and ``class_names [L]``. Without ``concepts`` no concept is annotated, which is enough for
@@ -153,7 +154,9 @@ class PrecomputedFeatures(ConceptDataModule):
         rows = {role: _as_tensor(role, array, path) for role, array in found.items()}
         _check_rows(rows, path)
         if "embedding" not in rows:
-            rows["embedding"] = rows["tokens"].mean(1, dtype=torch.float32)
+            real = rows.get("token_mask", torch.ones(rows["tokens"].shape[:2])).float()
+            weight = real / real.sum(1, keepdim=True).clamp(min=1.0)
+            rows["embedding"] = torch.einsum("ntd,nt->nd", rows["tokens"].float(), weight)
         return rows, tables
 
     def _make_concept_set(self, source: list[str] | str | dict[str, Any] | None, tables: dict[str, Any]) -> ConceptSet:
@@ -243,6 +246,8 @@ def _as_tensor(role: str, array: Any, path: Path) -> Tensor:
         if tensor.is_floating_point():
             raise ValueError(f"{role}: expected integers in {path}, got {tensor.dtype}")
         return tensor.long()
+    if role == "token_mask":
+        return tensor.bool()
     if role in ("concepts", "certainty"):
         return tensor.float()
     return tensor if tensor.is_floating_point() else tensor.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from cbm_lightning.heads.base import LabelHead, Task
@@ -15,7 +16,6 @@ class LinearHead(LabelHead):
         bias: Add a bias a class.
 
     Example:
-        >>> import torch
         >>> head = LinearHead()
         >>> head.build(FeatureDims(8), ValueLayout(concepts=3), num_classes=2, task="multiclass")
         >>> head.concept_weight().shape
@@ -48,8 +48,7 @@ class LinearHead(LabelHead):
         concepts, width, extra = self.layout
         values = output.values[:, : concepts * width].unflatten(1, (concepts, width))
         weight = self.concept_weight()
-        # with one number a concept a broadcast product is several times faster than the sum over a size-1 axis
-        each = values[:, None, :, 0] * weight[None, :, :, 0] if width == 1 else (values[:, None] * weight[None]).sum(-1)
+        each = torch.einsum("bkm,lkm->blk", values, weight)
         other = {}
         if self.bias:
             other["bias"] = self.linear.bias.expand(len(values), -1)
