@@ -17,7 +17,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from torch import nn
 
-from cbm_lightning import CBMModule
+from cbm_lightning import CBMModule, LinearBottleneck
 from cbm_lightning.backbones import ModuleBackbone
 from cbm_lightning.data import ConceptFolder
 
@@ -31,7 +31,7 @@ def network() -> nn.Sequential:
     for i, (before, after) in enumerate(pairwise((3, 32, 32, 64, 64, 128, 128))):
         layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
         layers += [nn.MaxPool2d(2)] if i % 2 else []
-    return nn.Sequential(*layers, nn.Flatten())
+    return nn.Sequential(*layers, nn.Dropout2d(0.1), nn.Flatten())
 
 
 def run() -> None:
@@ -44,10 +44,11 @@ def run() -> None:
         write_gtsrb_folder(Path(folder), options.shared / "data" / "gtsrb32")
         pl.seed_everything(options.seed)
         data = ConceptFolder(
-            folder, "signs.csv", concepts="concepts.json", split_column="split", image_size=32, augment=False
+            folder, "signs.csv", concepts="concepts.json", split_column="split", image_size=32, augment=True
         )
         model = CBMModule(
             ModuleBackbone(network(), input_size=(3, 32, 32)),
+            LinearBottleneck("logits"),
             data=data,
             loss_weights={"concept": 5.0},
             lr=5e-3,

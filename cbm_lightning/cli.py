@@ -114,5 +114,6 @@ def main(args: list[str] | None = None) -> CBMCommandLine:
     )
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """The console script ``cbm``: `main` without a result, which the shell would take for a failure."""
     main()

@@ -243,7 +243,8 @@ class CBMModule(PhasedTraining):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        self.log_dict({f"val/{k}": v for k, v in self.val_scores.finish().items()}, prog_bar=True, sync_dist=True)
+        for name, value in self.val_scores.finish().items():
+            self.log(f"val/{name}", value, prog_bar=name in ("label_acc", "concept_acc"), sync_dist=True)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from cub_tree import write_miniature_cub_tree
 from PIL import Image
 
+from cbm_lightning.batches import check_concepts, check_labels
 from cbm_lightning.cli import main
+from cbm_lightning.concepts import ConceptSet
 
 QUIET = ["accelerator=cpu", "max_epochs=1", "enable_progress_bar=false", "enable_model_summary=false", "logger=false"]
 FIT = ["fit", *(f"--trainer.{option}" for option in QUIET)]
@@ -197,6 +200,15 @@ def test_a_batch_without_concepts(refuse: Callable[..., None]) -> None:
     refuse([*FIT, *FOREIGN, "--data.with_concepts=false"], ValueError, message)
 
 
+def test_numbers_that_compare_with_nothing() -> None:
+    with pytest.raises(ValueError, match=r"label: expected values from 0 to 1 \(2 classes\), got nan to nan"):
+        check_labels(torch.tensor([1.0, torch.nan]), 2, "binary")
+    size = ConceptSet(["size"], kinds="real")
+    check_concepts(torch.tensor([[7.0], [torch.nan]]), size)
+    with pytest.raises(ValueError, match=r"got inf for 'size'"):
+        check_concepts(torch.tensor([[7.0], [torch.inf]]), size)
+
+
 def test_the_error_that_is_shown_is_the_one_that_helps(folder: Path, refuse: Callable[..., None]) -> None:
     """Not the error beneath, from which it was raised or which it replaced."""
     data = write_images(folder, [0, 1] * 6)
@@ -204,5 +216,3 @@ def test_the_error_that_is_shown_is_the_one_that_helps(folder: Path, refuse: Cal
     refuse([*FIT, *TIMM, *data, f"--data.concepts={groups}"], ValueError, "no concept is called 'roundd'; did you mean")
     (folder / "table.csv").write_text('image,label,round\n"0.png,apple,0\n')
     refuse([*FIT, *TIMM, *data], ValueError, r"cannot read the table .*table\.csv")
-
-

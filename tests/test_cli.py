@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from cbm_lightning import CBMModule
-from cbm_lightning.cli import main
+from cbm_lightning.cli import command, main
 
 TOY = """
 seed_everything: 1
@@ -61,6 +61,15 @@ def test_fit_tests_at_the_end_and_saves_the_resolved_config(toy_config: str, tmp
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved  # a test does not replace it
     predicted = main(["predict", "-c", toy_config, "--ckpt_path", str(checkpoint)])
     assert predicted.trainer.predict_dataloaders is not None
+
+
+def test_the_console_script_reports_success(toy_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())
+    assert project["project"]["scripts"] == {"cbm": "cbm_lightning.cli:command"}
+    monkeypatch.setattr(sys, "argv", ["cbm", "validate", "-c", toy_config])
+    assert command() is None
 
 
 def test_test_without_a_checkpoint_warns(toy_config: str) -> None:

@@ -46,8 +46,9 @@ class ConceptActivation(nn.Module):
 
     def log_softmax(self, logits: Tensor) -> Tensor:
         """``[..., K]`` log-probabilities within the categorical groups; other entries are zero."""
-        total = self._by_group(logits).logsumexp(-1)  # [..., G]
-        return torch.where(self.categorical, logits - total[..., self.membership.argmax(1)], 0.0)
+        positions = torch.arange(logits.shape[-1], device=logits.device)
+        own = self._by_group(logits).log_softmax(-1)[..., self.membership.argmax(1), positions]
+        return torch.where(self.categorical, own, 0.0)
 
     def harden(self, probs: Tensor) -> Tensor:
         """0 or 1 by threshold (one half) or largest of a group, with the gradient of ``probs`` (straight-through).
@@ -56,8 +57,9 @@ class ConceptActivation(nn.Module):
         """
         hard = probs >= 0.5
         if self.has_groups:
-            largest = self._by_group(probs).argmax(-1)[..., self.membership.argmax(1)]  # [..., K] positions
-            hard = torch.where(self.categorical, largest == torch.arange(probs.shape[-1], device=probs.device), hard)
+            positions = torch.arange(probs.shape[-1], device=probs.device)
+            largest = self._by_group(probs).argmax(-1)[..., self.membership.argmax(1)]
+            hard = torch.where(self.categorical, largest == positions, hard)
         # the difference is zero exactly; added one by one, its terms would round
         straight = hard.to(probs) + (probs - probs.detach())
         return torch.where(self.real, probs, straight) if self.has_real else straight

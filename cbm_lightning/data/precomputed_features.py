@@ -35,11 +35,11 @@ class PrecomputedFeatures(ConceptDataModule):
     """Trains on embeddings that exist already, read from ``.npz`` or ``.safetensors`` arrays.
 
     A file holds ``embedding [N, D]`` or ``tokens [N, T, D]`` (whose mean is the embedding where there is none) and
-    ``label [N]``; optionally ``token_mask [N, T]`` (False for padding), ``concepts [N, K]`` in [0, 1] with NaN where not annotated, ``certainty [N, K]``,
-    ``group [N]``, ``split [N]`` (0, 1, 2 or ``train``, ``val``, ``test``; any other value leaves the row out),
-    ``text_embeddings [K, D]`` (they become the embeddings of the `concept_set`), and the string arrays
-    ``concept_names [K]`` and ``class_names [L]``. Without ``concepts`` no concept is annotated, which is enough for
-    bottlenecks that read texts. Files of `CachedFeatures` can be read too.
+    ``label [N]``; optionally ``token_mask [N, T]`` (False for padding), ``concepts [N, K]`` in [0, 1] with NaN where
+    not annotated, ``certainty [N, K]``, ``group [N]``, ``split [N]`` (0, 1, 2 or ``train``, ``val``, ``test``; any
+    other value leaves the row out), ``text_embeddings [K, D]`` (they become the embeddings of the `concept_set`), and
+    the string arrays ``concept_names [K]`` and ``class_names [L]``. Without ``concepts`` no concept is annotated, which
+    is enough for bottlenecks that read texts. Files of `CachedFeatures` can be read too.
 
     Args:
         path: A file, or a file a split: ``{"train": "a.npz", "val": "b.npz", "test": "c.npz"}``.
