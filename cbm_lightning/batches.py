@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -52,6 +52,18 @@ def check_batch(batch: Batch, concepts: ConceptSet, num_classes: int, task: Task
             "yield (x, concepts, y) or a dict with 'concepts', or use a bottleneck that needs none, such as "
             "SimilarityBottleneck"
         )
+
+
+def check_task(task: Task, num_classes: int) -> None:
+    """Check that the kind of label is known and fits the number of classes.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if task not in get_args(Task):
+        raise ValueError(f"task: expected one of {get_args(Task)}, got {task!r}")
+    if task == "binary" and num_classes != 2:
+        raise ValueError(f"task: a binary label has 2 classes, got num_classes {num_classes}; use 'multiclass'")
 
 
 def check_labels(label: Tensor, num_classes: int, task: Task) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 # imported so that YAML files and flags can use their short names
 from cbm_lightning import backbones, bottlenecks, callbacks, data, heads, losses, module  # noqa: F401
+from cbm_lightning.checkpoints import read_checkpoint
+from cbm_lightning.configurable import Part
 from cbm_lightning.data import ConceptDataModule
 
 
@@ -63,6 +66,32 @@ class CBMCommandLine(LightningCLI):
         """Hand the datamodule to the model, which asks it for what the user did not type."""
         parser.link_arguments("data", "model.init_args.data", apply_on="instantiate")
 
+    def _parse_ckpt_path(self) -> None:
+        """Read the hyper-parameters of ``--ckpt_path``.
+
+        Raises:
+            ValueError: The file is damaged.
+        """
+        try:
+            super()._parse_ckpt_path()
+        except Exception:
+            # names the file if it is to blame
+            read_checkpoint(self.config[self.config.subcommand].ckpt_path)
+            raise
+
+    def before_instantiate_classes(self) -> None:
+        """Remember what a class raised: where a type is a union, jsonargparse hands on no more than its text."""
+        self._failure: Exception | None = None
+        for kind in (Part, LightningDataModule):
+            self.parser.add_instantiator(self._make, kind)
+
+    def _make(self, cls: type, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return cls(*args, **kwargs)
+        except Exception as error:
+            self._failure = self._failure or error
+            raise
+
     def instantiate_classes(self) -> None:
         """Make data, model and Trainer.
 
@@ -72,10 +101,10 @@ class CBMCommandLine(LightningCLI):
         try:
             super().instantiate_classes()
         except ValueError as error:
-            cause: BaseException = error
-            while (inner := cause.__cause__ or cause.__context__) is not None:
-                cause = inner
-            raise cause from None
+            shown: BaseException = self._failure or error
+            while _is_wrapper(shown) and shown.__cause__ is not None:
+                shown = shown.__cause__
+            raise shown from shown.__cause__
 
     def before_test(self) -> None:
         """Warn where ``test`` would judge weights that nobody trained."""
@@ -94,6 +123,12 @@ class CBMCommandLine(LightningCLI):
         ceiling = self.datamodule.bayes_accuracy() if isinstance(self.datamodule, ConceptDataModule) else None
         if ceiling is not None:
             rank_zero_info(f"The best label accuracy that the true concepts allow on this data is {ceiling:.3f}.")
+
+
+def _is_wrapper(error: BaseException) -> bool:
+    """Whether jsonargparse itself raised an error."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).startswith("jsonargparse.")
 
 
 def main(args: list[str] | None = None) -> CBMCommandLine:

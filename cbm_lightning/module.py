@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from cbm_lightning.backbones import Backbone, create_backbone
-from cbm_lightning.batches import as_float, check_batch
+from cbm_lightning.backbones.base import evaluating
+from cbm_lightning.batches import as_float, check_batch, check_task
 from cbm_lightning.bottlenecks import Bottleneck, LinearBottleneck
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.data_facts import DataFacts
@@ -20,10 +22,11 @@ from cbm_lightning.heads.base import Task
 from cbm_lightning.losses import ConceptLoss, label_loss
 from cbm_lightning.optimization import ClassSpec, check_positive, check_weights
 from cbm_lightning.phases import Phase
+from cbm_lightning.preflight import check_loss_names
 from cbm_lightning.randomness import step_generator
 from cbm_lightning.reporting import EvaluationMetrics, RunningMeans, training_metrics
 from cbm_lightning.training import PhasedTraining
-from cbm_lightning.types import Batch, ConceptOutput, Features, Intervention, LossContext, Prediction
+from cbm_lightning.types import Batch, ConceptOutput, Features, Intervention, LossContext, Prediction, masked_mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,6 +100,7 @@ class CBMModule(PhasedTraining):
             raise ValueError(f"label_smoothing: expected a number in [0, 1), got {label_smoothing}")
         self.concept_set, self.num_classes, self.class_names = facts.concepts, facts.num_classes, facts.class_names
         self.task: Task = task
+        check_task(task, self.num_classes)
         self.label_smoothing = label_smoothing
         self.loss_weights = check_weights("loss_weights", loss_weights)
         self.seed = seed
@@ -122,13 +126,15 @@ class CBMModule(PhasedTraining):
         if "embedding" not in batch and "tokens" not in batch:
             features: Features = self.backbone(batch["image"])
             return features
-        tokens = batch.get("tokens")
-        pooled: Tensor = batch["embedding"] if "embedding" in batch else batch["tokens"].mean(1)
+        tokens, mask = batch.get("tokens"), batch.get("token_mask")
+        pooled: Tensor = batch["embedding"] if "embedding" in batch else masked_mean(batch["tokens"], mask)
         if pooled.shape[-1] != self.backbone.dims.pooled:
             raise ValueError(
                 f"the batch brings features of width {pooled.shape[-1]}, the backbone makes {self.backbone.dims.pooled}"
             )
-        return Features(pooled, tokens, batch.get("token_mask"), self.backbone.dims.grid)
+        grid = self.backbone.dims.grid
+        whole = tokens is not None and grid is not None and tokens.shape[1] == prod(grid)
+        return Features(pooled, tokens, mask, grid if whole else None)
 
     def forward(self, x: Tensor | Batch) -> Prediction:
         """Predict concepts and label of an input tensor or a batch."""
@@ -168,12 +174,19 @@ class CBMModule(PhasedTraining):
 
     def explain(self, batch: Any, top_k: int = 5) -> pd.DataFrame:
         """A table of the concepts that decided each prediction, see `explanation.explain_prediction`."""
-        self.eval()
-        with torch.inference_mode():
+        with evaluating(self), torch.inference_mode():
             content = self.transfer_batch_to_device(self.read_batch(batch), self.device, 0)
             return explain_prediction(self, self(content), content, top_k)
 
     # ---------------------------------------------------------------- steps
+
+    def checked(self, batch: Any, batch_idx: int) -> Batch:
+        """Read a batch and check it: the first of each epoch, and all of them where that synchronises no device."""
+        content = as_float(self.read_batch(batch))
+        if batch_idx == 0 or self.device.type == "cpu":
+            needs_concepts = self.bottleneck.needs_concepts or self.phase.head_input == "true"
+            check_batch(content, self.concept_set, self.num_classes, self.task, needs_concepts)
+        return content
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One training step of the current phase."""
@@ -183,10 +196,17 @@ class CBMModule(PhasedTraining):
         logits = self.head(self.head_reads(output, content))
         total, parts = self.losses(logits, output, content)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(logits))
-        report = {**parts, **training_metrics(output.probs, logits, content, self.task, self.label_matters)}
-        self.train_means.update(report, len(logits))
+        scores = training_metrics(
+            output.probs, logits, content, self.task, self.label_matters, ~self.concept_loss.activation.real
+        )
+        self.train_means.update({**parts, **scores}, len(logits))
         self.keep_statistics(output)
         return total
+
+    def on_train_epoch_start(self) -> None:
+        """Enter the epoch; means of an epoch that was interrupted are forgotten."""
+        super().on_train_epoch_start()
+        self.train_means.finish()
 
     def on_train_epoch_end(self) -> None:
         """Log the means of the epoch: one call of the logger, where one a step and value would cost milliseconds."""
@@ -195,16 +215,13 @@ class CBMModule(PhasedTraining):
 
     def head_reads(self, output: ConceptOutput, batch: Batch) -> ConceptOutput:
         """What the head reads in training: predictions, partly corrected ones (RandInt), or annotations."""
-        if self.phase.head_input == "detached":
-            output = output.replace(values=output.values.detach())
-        if (concepts := batch.get("concepts")) is None:
-            return output
-        known = ~concepts.isnan()
-        if self.phase.head_input == "true":
-            return self.bottleneck.intervene(output, Intervention(known, concepts))
-        generator = step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-        mask = self.bottleneck.training_mask(concepts, generator)
-        return output if mask is None else self.bottleneck.intervene(output, Intervention(mask & known, concepts))
+        if (concepts := batch.get("concepts")) is not None:
+            known = ~concepts.isnan()
+            generator = step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
+            drawn = self.bottleneck.training_mask(concepts, generator)
+            mask = known if self.phase.head_input == "true" else None if drawn is None else drawn & known
+            output = output if mask is None else self.bottleneck.intervene(output, Intervention(mask, concepts))
+        return output.detach() if self.phase.head_input == "detached" else output
 
     def losses(self, logits: Tensor, output: ConceptOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted total and the unweighted parts by log name (``loss_label``, ``loss_concept``, ...)."""
@@ -214,6 +231,7 @@ class CBMModule(PhasedTraining):
         parts |= self.bottleneck.losses(output, batch, LossContext(self.concept_loss, self.head, logits))
         parts |= self.head.losses()
         weights = self.weights_of(parts)
+        check_loss_names(self.phase, self.loss_weights, weights)
         total = torch.stack([weights[name] * loss for name, loss in parts.items() if weights[name]]).sum()
         return total, {f"loss_{name}": loss.detach() for name, loss in parts.items() if weights[name]}
 
@@ -268,10 +286,3 @@ class CBMModule(PhasedTraining):
             row = label if self.task == "multiclass" else torch.zeros_like(label)
             result["contributions"] = account.concepts[torch.arange(len(label), device=label.device), row]
         return result | ({"index": content["index"]} if "index" in content else {})
-
-    def checked(self, batch: Any, batch_idx: int) -> Batch:
-        """Read a batch; check the first of each epoch, before it trains anything."""
-        content = as_float(self.read_batch(batch))
-        if batch_idx == 0:
-            check_batch(content, self.concept_set, self.num_classes, self.task, self.bottleneck.needs_concepts)
-        return content

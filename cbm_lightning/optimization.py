@@ -29,9 +29,14 @@ def resolve(spec: ClassSpec, namespace: Any, base: type, what: str) -> tuple[typ
     Raises:
         ValueError: There is no such class, it is of another kind, or it does not take one of the arguments.
     """
+    if isinstance(spec, dict) and (extra := set(spec) - {"class_path", "init_args"}):
+        raise ValueError(f"{what}: expected the keys class_path and init_args, got also {sorted(extra)}")
     path, init_args = (spec, {}) if isinstance(spec, str) else (spec.get("class_path", ""), spec.get("init_args") or {})
     module_name, _, name = path.rpartition(".")
-    module = importlib.import_module(module_name) if module_name else namespace
+    try:
+        module = importlib.import_module(module_name) if module_name else namespace
+    except ImportError as error:
+        raise ValueError(f"{what}: cannot import {path!r}: {error}") from error
     known = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base}
     cls = known.get(name) or next((c for n, c in known.items() if n.lower() == name.lower()), None)
     if cls is None:

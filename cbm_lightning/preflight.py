@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -77,3 +78,24 @@ def check_stopping(trainer: Trainer, phases: Sequence[Phase], starts: Sequence[i
 def _watchers(trainer: Trainer) -> list[Callback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, (Checkpoint, EarlyStopping))]
+
+
+def check_loss_names(phase: Phase, given: Mapping[str, float], weights: Mapping[str, float]) -> None:
+    """Check that the weights of losses name losses that exist, and that one of them counts.
+
+    Args:
+        phase: The current phase.
+        given: ``loss_weights`` of the module.
+        weights: Factor of each loss that was computed.
+
+    Raises:
+        ValueError: A weight names no loss, or nothing is left to train on.
+    """
+    named = phase.weights(given).keys()
+    if unknown := sorted(named - weights.keys() - {"label", "concept"}):
+        near = difflib.get_close_matches(unknown[0], [*weights, "label", "concept"], n=2)
+        raise ValueError(
+            f"loss_weights: no loss is called {unknown}, there are {sorted(weights)}; did you mean {near}?"
+        )
+    if not any(weights.values()):
+        raise ValueError(f"phase {phase.name!r}: no loss counts, the weights are {dict(weights)}; nothing would train")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import Accuracy
 
 from cbm_lightning.concepts import ConceptSet
@@ -18,6 +18,28 @@ from cbm_lightning.metrics import (
     RealConceptError,
 )
 from cbm_lightning.types import Batch
+
+
+class SampleMean(Metric):
+    """The mean of batch means over samples; unlike ``torchmetrics.MeanMetric`` it does not hide a NaN."""
+
+    full_state_update = False
+    total: Tensor
+    samples: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("samples", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, samples: int) -> None:
+        """Count the mean of a batch."""
+        self.total += value.float() * samples
+        self.samples += samples
+
+    def compute(self) -> Tensor:
+        """The mean over all samples."""
+        return self.total / self.samples
 
 
 class EvaluationMetrics(nn.Module):
@@ -34,6 +56,7 @@ class EvaluationMetrics(nn.Module):
 
     def __init__(self, concepts: ConceptSet, num_classes: int, task: Task) -> None:
         super().__init__()
+        self.task = task
         self.label_acc = Accuracy(task, num_classes=num_classes, num_labels=num_classes, average="micro")
         discrete: dict[str, Metric | MetricCollection] = {
             "concept_acc": ConceptAccuracy(concepts),
@@ -46,7 +69,7 @@ class EvaluationMetrics(nn.Module):
         chosen = {} if real.all() else discrete
         if real.any():
             chosen["concept_mae"] = RealConceptError(concepts)
-        self.means: dict[str, MeanMetric] = {}
+        self.means: dict[str, SampleMean] = {}
         # those that keep every prediction share them as a compute group
         self.concepts = MetricCollection(chosen, compute_groups=True)
 
@@ -56,23 +79,26 @@ class EvaluationMetrics(nn.Module):
         """Count a batch: scalars to be averaged over samples by name, ``probs [B, K]``, class ``logits [B, L]``."""
         for name, value in means.items():
             if name not in self.means:
-                self.means[name] = MeanMetric().to(value.device)
+                self.means[name] = SampleMean().to(value.device)
             self.means[name].update(value.detach(), len(probs))
         if label_matters:
             label = batch["label"].long()
-            self.label_acc.update(logits.view(label.shape) if logits.shape[-1] == 1 else logits, label)
+            # torchmetrics takes numbers for probabilities wherever all of them lie in [0, 1], so it never gets logits
+            predicted = logits.argmax(-1) if self.task == "multiclass" else logits.sigmoid().view(label.shape)
+            self.label_acc.update(predicted, label)
         if "concepts" in batch:
             self.concepts.update(probs.float(), batch["concepts"])
 
     def finish(self) -> dict[str, Tensor]:
-        """The values by name, without those that were not measured; starts over."""
+        """The values by name, without scores that nothing annotated defines; a loss that is NaN stays. Starts over."""
         values: dict[str, Tensor] = {name: mean.compute() for name, mean in self.means.items() if mean.update_called}
         if self.label_acc.update_called:
             values["label_acc"] = self.label_acc.compute()
         if any(metric.update_called for metric in self.concepts.values()):
-            values |= self.concepts.compute()
+            scores: dict[str, Tensor] = self.concepts.compute()
+            values |= {name: score for name, score in scores.items() if not torch.isnan(score)}
         self.reset()
-        return {name: value for name, value in values.items() if not torch.isnan(value)}
+        return values
 
     def reset(self) -> None:
         """Forget every batch."""
@@ -93,7 +119,7 @@ class RunningMeans:
     def update(self, values: dict[str, Tensor], samples: int) -> None:
         """Count the means of a batch."""
         for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach() * samples
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float() * samples
             self._counts[name] = self._counts.get(name, 0) + samples
 
     def finish(self) -> dict[str, Tensor]:
@@ -104,8 +130,19 @@ class RunningMeans:
 
 
 @torch.no_grad()
-def training_metrics(probs: Tensor, logits: Tensor, batch: Batch, task: Task, label_matters: bool) -> dict[str, Tensor]:
-    """Cheap accuracies of one training batch: ``label_acc``, and ``concept_acc`` over annotated entries."""
+def training_metrics(
+    probs: Tensor, logits: Tensor, batch: Batch, task: Task, label_matters: bool, discrete: Tensor
+) -> dict[str, Tensor]:
+    """Cheap accuracies of one training batch: ``label_acc``, and ``concept_acc`` over annotated entries.
+
+    Args:
+        probs: ``[B, K]``.
+        logits: ``[B, L]``.
+        batch: With ``label``, and ``concepts`` if there are any.
+        task: What the label is.
+        label_matters: Whether to score the label.
+        discrete: ``[K]`` bool, False for real-valued concepts, which have no accuracy.
+    """
     values: dict[str, Tensor] = {}
     if label_matters:
         label = batch["label"]
@@ -115,7 +152,7 @@ def training_metrics(probs: Tensor, logits: Tensor, batch: Batch, task: Task, la
         values["label_acc"] = right.float().mean()
     if "concepts" in batch:
         concepts = batch["concepts"]
-        known = ~concepts.isnan()
+        known = ~concepts.isnan() & discrete
         right = ((probs >= 0.5) == (concepts >= 0.5)) & known
         values["concept_acc"] = right.sum() / known.sum().clamp(min=1)
     return values

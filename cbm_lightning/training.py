@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cbm_lightning.losses import ConceptLoss
 
 EVALUATION = Phase("evaluation")
+OTHER = "other"
 
 
 class PhasedTraining(PortableModule):
@@ -133,6 +134,10 @@ class PhasedTraining(PortableModule):
             parameters = [p for p in self._part(name).parameters() if p.requires_grad]
             if parameters:
                 groups.append({"params": parameters, "lr": self._lr_of(name, self.phases[0]), "name": name})
+        inside = {parameter for name in PARTS for parameter in self._part(name).parameters()}
+        if others := [p for p in self.parameters() if p.requires_grad and p not in inside]:
+            # what a subclass adds trains in every phase
+            groups.append({"params": others, "lr": self._lr_of(OTHER, self.phases[0]), "name": OTHER})
         if not groups:
             raise ValueError("nothing to train: every parameter of backbone, bottleneck and head is frozen")
         self._optimizer = make_optimizer(self.optimizer_spec, groups, self.lr, self.weight_decay)
@@ -222,7 +227,7 @@ class PhasedTraining(PortableModule):
             return
         index = self._starts.index(epoch)
         for group in self._optimizer.param_groups:
-            if group.get("name") in PARTS:
+            if group.get("name") in (*PARTS, OTHER):
                 group["lr"] = self._lr_of(group["name"], self.phases[index])
             group["initial_lr"] = group["lr"]
         if self.scheduler_spec is not None:

@@ -100,6 +100,15 @@ class ConceptOutput:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
+    def detach(self) -> ConceptOutput:
+        """A copy that passes no gradient on: neither the values nor the features, which a side channel may read."""
+        tokens = self.features.tokens
+        features = replace(
+            self.features, pooled=self.features.pooled.detach(), tokens=None if tokens is None else tokens.detach()
+        )
+        own = None if self.label_logits is None else self.label_logits.detach()
+        return replace(self, features=features, values=self.values.detach(), label_logits=own)
+
 
 @dataclass(frozen=True)
 class Intervention:
@@ -154,3 +163,11 @@ class LossContext:
     concept_loss: nn.Module
     head: nn.Module
     label_logits: Tensor
+
+
+def masked_mean(tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of ``[B, N, D]`` over the tokens that ``mask [B, N]`` calls real (all without one), ``[B, D]``."""
+    if mask is None:
+        return tokens.mean(1)
+    weight = mask.to(tokens).unsqueeze(-1)
+    return (tokens * weight).sum(1) / weight.sum(1).clamp(min=1.0)

@@ -97,3 +97,11 @@ def test_label_losses() -> None:
     torch.testing.assert_close(
         label_loss(logits, several, "multilabel"), binary_cross_entropy_with_logits(logits, several.float())
     )
+
+
+def test_labels_of_any_integer_type() -> None:
+    logits, label = torch.randn(4, 3), torch.tensor([0, 1, 2, 1])
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        torch.testing.assert_close(
+            label_loss(logits, label.to(dtype), "multiclass"), label_loss(logits, label, "multiclass")
+        )

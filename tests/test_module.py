@@ -294,3 +294,65 @@ def test_data_can_follow_a_model_without_a_trainer() -> None:
     model = CBMModule(backbone, data=RenderedBirds(**sizes))
     followed = first_image(RenderedBirds(**sizes).follow(model))
     torch.testing.assert_close(followed, (plain - torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)) / 0.5)
+
+
+def test_binary_and_several_labels_are_scored_on_probabilities() -> None:
+    from cbm_lightning.reporting import EvaluationMetrics
+
+    for task, logits, label in (
+        ("binary", torch.tensor([[0.3], [0.2]]), torch.tensor([1, 1])),
+        ("multilabel", torch.tensor([[0.3, -0.2]]), torch.tensor([[1, 0]])),
+    ):
+        scores = EvaluationMetrics(ConceptSet(["a"]), 2, task)
+        scores.update({"loss": torch.tensor(float("nan"))}, torch.rand(len(logits), 1), logits, {"label": label}, True)
+        found = scores.finish()
+        assert found["label_acc"] == 1.0
+        assert found["loss"].isnan()  # a diverged loss must not vanish from the log
+
+
+def test_a_detached_head_sends_no_gradient_anywhere() -> None:
+    rows = toy_tensors(16)
+    for name, head in (("embedding", None), ("sigmoid", ResidualHead())):
+        model = make(name, head=head, phases=[Phase("p", head_input="detached", loss_weights={"concept": 0.0})])
+        model.bottleneck.randint = 0.5
+        loader = torch.utils.data.DataLoader([{k: v[i] for k, v in rows.items()} for i in range(16)], batch_size=8)
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items() if "running" not in key}
+        quiet_trainer().fit(model, loader, loader)
+        moved = {key for key in before if not torch.equal(before[key], model.state_dict()[key])}
+        assert {key.split(".")[0] for key in moved if "num_batches" not in key} == {"head"}
+
+
+def test_weights_of_losses_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"no loss is called \['concpet'\].*did you mean \['concept'"):
+        quiet_trainer().fit(make(loss_weights={"concpet": 5.0}), ToyData())
+    with pytest.raises(ValueError, match="phase 'concepts': no loss counts"):
+        quiet_trainer(max_epochs=2).fit(make("similarity", phases="sequential"), ToyData())
+
+
+def test_a_later_batch_out_of_range_is_refused_too() -> None:
+    rows = toy_tensors(12)
+    rows["concepts"][9] = 7.0
+    loader = torch.utils.data.DataLoader([{k: v[i] for k, v in rows.items()} for i in range(12)], batch_size=4)
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1\] or NaN, got 7"):
+        quiet_trainer().fit(make(), loader, loader)
+
+
+def test_what_a_subclass_adds_trains() -> None:
+    class Wider(CBMModule):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            self.temperature = nn.Parameter(torch.ones(()))
+
+        def label_loss(self, logits, label):
+            return super().label_loss(logits / self.temperature, label)
+
+    model = Wider(backbone=ToyBackbone(), concepts=CONCEPTS, num_classes=CLASSES)
+    quiet_trainer().fit(model, ToyData())
+    assert model.temperature != 1
+
+
+def test_kinds_of_labels_are_checked() -> None:
+    with pytest.raises(ValueError, match="task: expected one of"):
+        make(task="ranking")
+    with pytest.raises(ValueError, match="task: a binary label has 2 classes"):
+        make(task="binary", num_classes=3)

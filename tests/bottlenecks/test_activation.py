@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from cbm_lightning.bottlenecks.activation import ConceptActivation
@@ -36,3 +37,13 @@ def test_hard_values_pass_the_gradient_straight_through() -> None:
     assert hard.tolist() == [[0.0, 1.0, 0.0, 0.0, 7.0]]
     (hard * torch.arange(5.0)).sum().backward()
     assert probs.grad.tolist() == [[0.0, 1.0, 2.0, 3.0, 4.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hard_values_are_exact_and_one_of_equals_wins(dtype: torch.dtype) -> None:
+    concepts = ConceptSet(["red", "blue", "round"], {"colour": ["red", "blue"]}, ["categorical"] * 2 + ["binary"])
+    hard = ConceptActivation(concepts).harden(torch.rand(500, 3).to(dtype))
+    assert set(hard.unique().tolist()) == {0.0, 1.0}
+    assert ConceptActivation(concepts).harden(torch.tensor([[0.5, 0.5, 0.5]], dtype=dtype)).tolist() == [
+        [1.0, 0.0, 1.0]
+    ]

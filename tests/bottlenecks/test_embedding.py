@@ -49,3 +49,14 @@ def test_randint_is_on_by_default_as_in_the_paper() -> None:
 def test_real_concepts_are_refused() -> None:
     with pytest.raises(ValueError, match="real-valued"):
         EmbeddingBottleneck().build(FeatureDims(5), ConceptSet(["size"], kinds="real"), 2)
+
+
+def test_a_second_correction_keeps_the_first() -> None:
+    bottleneck = EmbeddingBottleneck(4)
+    bottleneck.build(FeatureDims(5), ConceptSet(["a", "b", "c"]), 2)
+    mask = torch.tensor([[True, False, False]] * 2)
+    removed = bottleneck.intervene(
+        bottleneck(Features(torch.randn(2, 5))), Intervention(mask, torch.full((2, 3), torch.nan))
+    )
+    both = bottleneck.intervene(removed, Intervention(mask.roll(1, 1), torch.ones(2, 3)))
+    assert both.values[:, :4].abs().sum() == 0

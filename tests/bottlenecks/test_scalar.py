@@ -101,3 +101,16 @@ def test_randint_masks_by_sample_and_by_batch() -> None:
 def test_bad_options_name_the_field(options: dict, field: str) -> None:
     with pytest.raises(ValueError, match=f"^{field}:"):
         LinearBottleneck(**options)
+
+
+def test_a_correction_on_the_logit_scale_sets_the_probability_and_can_be_taken_out() -> None:
+    bottleneck = LinearBottleneck("logits")
+    bottleneck.build(FeatureDims(5), ConceptSet(["a", "b"]), 2)
+    output = bottleneck(Features(torch.randn(3, 5)))
+    values = torch.tensor([[torch.nan, 1.0]] * 3)
+    fixed = bottleneck.intervene(
+        output, Intervention(torch.ones(3, 2, dtype=torch.bool), values, torch.full((3, 2), 2.0))
+    )
+    assert fixed.values.tolist() == [[0.0, 2.0]] * 3
+    torch.testing.assert_close(fixed.probs[:, 1], torch.full((3,), 2.0).sigmoid())
+    torch.testing.assert_close(fixed.probs[:, 0], output.probs[:, 0])

@@ -211,3 +211,19 @@ def test_skin_texts_line_up_with_photographs(shared, tmp_path):
     # melanoma shows blue, nevi are brown: a zero-shot reading of two texts against the photographs
     score = data.splits["train"].tensors["embedding"].float() @ (blue - brown)
     assert roc_auc_score(labels.numpy(), score.numpy()) > 0.8
+
+
+def test_padding_is_no_part_of_the_mean(tmp_path) -> None:
+    import numpy as np
+
+    from cbm_lightning.data import PrecomputedFeatures
+
+    tokens = np.ones((20, 2, 3), np.float32)
+    tokens[:, 1] = 9
+    mask = np.tile([True, False], (20, 1))
+    np.savez(tmp_path / "a.npz", tokens=tokens, token_mask=mask, label=np.arange(20) % 2, concepts=np.zeros((20, 1)))
+    data = PrecomputedFeatures(str(tmp_path / "a.npz"))
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["embedding"] == 1).all()
+    assert batch["token_mask"].dtype == torch.bool

@@ -106,3 +106,12 @@ def test_bad_options_name_the_field() -> None:
         MLPHead([3], dropout=1.0)
     with pytest.raises(ValueError, match="^dropout:"):
         ResidualHead(dropout=-0.1)
+
+
+def test_contributions_of_wide_concepts_add_up() -> None:
+    head = LinearHead()
+    head.build(FeatureDims(5), ValueLayout(3, 4, 2), 6, "multiclass")
+    values = torch.randn(7, 14)
+    output = ConceptOutput(Features(torch.zeros(7, 5)), values[:, :3], values[:, :3], values)
+    account = head.contributions(output)
+    torch.testing.assert_close(account.concepts.sum(-1) + sum(account.other.values()), head(output))
