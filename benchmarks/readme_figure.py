@@ -38,7 +38,7 @@ from cbm_lightning.types import Batch
 
 SHOWN_CONCEPTS = 5
 # inches
-PICTURE, ROW, HEADER, MARGIN, GAP, PERSON, TRACK = 1.62, 1.98, 0.5, 0.25, 0.22, 1.75, 1.35
+PICTURE, ROW, HEADER, MARGIN, GAP, PERSON, TRACK = 1.62, 1.98, 0.5, 0.25, 0.22, 2.05, 1.35
 
 
 class Correction(NamedTuple):
@@ -64,12 +64,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="checkpoint of the quickstart recipe")
     parser.add_argument("output", type=Path, help="PNG file to write")
-    parser.add_argument("--mended", type=int, default=2, help="mistakes to show, each mended by one correction")
+    parser.add_argument("--corrected", type=int, default=2, help="birds to show with one corrected concept")
     arguments = parser.parse_args()
 
     model = CBMModule.load_from_checkpoint(str(arguments.checkpoint)).eval()
     batch = test_batch(model)
-    figure = draw(find_birds(model, batch, arguments.mended), list(model.class_names or []))
+    figure = draw(find_birds(model, batch, arguments.corrected), list(model.class_names or []))
     draft = arguments.output.with_name(f".{arguments.output.name}.draft")
     figure.savefig(draft, format="png", dpi=200)
     draft.replace(arguments.output)
@@ -77,33 +77,34 @@ def main() -> None:
 
 def test_batch(model: CBMModule) -> Batch:
     """All test images of the recipe, as the model reads them."""
-    data = RenderedBirds(num_train=1, num_val=1)
-    data.encoder = model.backbone
+    data = RenderedBirds(num_train=1, num_val=1).follow(model)
     data.setup("test")
     rows = data.splits["test"]
     return rows.__getitems__(list(range(len(rows))))
 
 
 @torch.no_grad()
-def find_birds(model: CBMModule, batch: Batch, mended: int) -> list[Bird]:
-    """The first bird that is surely right in every respect, then the mistakes that one correction mends best."""
+def find_birds(model: CBMModule, batch: Batch, number: int) -> list[Bird]:
+    """The first bird that is surely right in every respect, then those whose class one correction helps most.
+
+    Mistakes that a correction mends come first, then the largest gains in the probability of the true class.
+    """
     prediction = model(batch)
     label, concepts = batch["label"], batch["concepts"]
     wrong = (prediction.concepts.probs >= 0.5) != (concepts >= 0.5)
     is_right = prediction.logits.argmax(1) == label
     corrected = {k: correct(model, prediction, concepts, k) for k in wrong.any(0).nonzero().flatten().tolist()}
-    found: dict[int, tuple[float, int]] = {}
-    for i, k in (wrong & ~is_right[:, None]).nonzero().tolist():
-        after = corrected[k][i]
-        if after.argmax() == label[i]:
-            found[i] = max(found.get(i, (0.0, k)), (float(after[label[i]]), k))
-    best = sorted(found, key=lambda i: found[i], reverse=True)[:mended]
-    print(f"{len(label)} test images, {int((~is_right).sum())} mistakes, one correction mends {len(found)} of them")
-    if len(best) < mended:
-        raise SystemExit(f"one correction mends {len(best)} mistakes of this model only; ask for fewer with --mended")
-    sure = model.probabilities(prediction.logits).amax(1) >= 0.9
-    first = int((sure & is_right & ~wrong.any(1)).nonzero()[0])
-    fixes = {i: (found[i][1], corrected[found[i][1]][i]) for i in best}
+    before = model.probabilities(prediction.logits)
+    found: dict[int, tuple[bool, float, int]] = {}
+    for i, k in wrong.nonzero().tolist():
+        after, truth = corrected[k][i], label[i]
+        mends = bool(after.argmax() == truth) and not is_right[i]
+        found[i] = max(found.get(i, (False, -1.0, k)), (mends, float(after[truth] - before[i, truth]), k))
+    best = sorted(found, key=lambda i: found[i], reverse=True)[:number]
+    mended = sum(mends for mends, _, _ in found.values())
+    print(f"{len(label)} test images, {int((~is_right).sum())} mistakes, one correction mends {mended} of them")
+    first = int(((before.amax(1) >= 0.9) & is_right & ~wrong.any(1)).nonzero()[0])
+    fixes = {i: (found[i][2], corrected[found[i][2]][i]) for i in best}
     return [make_bird(model, batch, i, fixes.get(i)) for i in [first, *best]]
 
 

@@ -191,7 +191,8 @@ class CBMModule(PhasedTraining):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """One training step of the current phase."""
         content = self.checked(batch, batch_idx)
-        self.bottleneck.on_progress(self.progress())
+        for part in (self.bottleneck, self.head):
+            part.on_progress(self.progress())
         output = self.bottleneck(self.encode(content), content.get("concepts"))
         logits = self.head(self.head_reads(output, content))
         total, parts = self.losses(logits, output, content)

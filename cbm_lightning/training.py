@@ -34,6 +34,7 @@ from cbm_lightning.types import Batch, ConceptOutput
 if TYPE_CHECKING:
     from cbm_lightning.bottlenecks import Bottleneck
     from cbm_lightning.concepts import ConceptSet
+    from cbm_lightning.heads import LabelHead
     from cbm_lightning.losses import ConceptLoss
 
 EVALUATION = Phase("evaluation")
@@ -47,6 +48,7 @@ class PhasedTraining(PortableModule):
     """
 
     bottleneck: Bottleneck
+    head: LabelHead
     concept_loss: ConceptLoss
     concept_set: ConceptSet
     num_classes: int
@@ -169,9 +171,10 @@ class PhasedTraining(PortableModule):
         return max(int(steps), 1) if math.isfinite(steps) else None
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let the bottleneck project its parameters."""
+        """Step, then let bottleneck and head project their parameters."""
         super().optimizer_step(*args, **kwargs)
         self.bottleneck.constrain()
+        self.head.constrain()
 
     # ---------------------------------------------------------------- phases
 

@@ -14,6 +14,7 @@ from cbm_lightning import (
     EmbeddingBottleneck,
     Intervention,
     LinearBottleneck,
+    LinearHead,
     MLPHead,
     Phase,
     ResidualHead,
@@ -356,3 +357,20 @@ def test_kinds_of_labels_are_checked() -> None:
         make(task="ranking")
     with pytest.raises(ValueError, match="task: a binary label has 2 classes"):
         make(task="binary", num_classes=3)
+
+
+def test_bottleneck_and_head_hear_of_progress_and_project_after_each_step() -> None:
+    class Clamped(LinearHead):
+        def on_progress(self, fraction: float) -> None:
+            heard.append(fraction)
+
+        def constrain(self) -> None:
+            self.linear.weight.data.clamp_(min=0.0)
+
+    heard: list[float] = []
+    model = make(head=Clamped())
+    quiet_trainer(max_epochs=2).fit(model, ToyData())
+    assert heard == sorted(heard)
+    assert heard[0] == 0.0
+    assert 0.9 < heard[-1] < 1.0
+    assert model.head.linear.weight.min() >= 0

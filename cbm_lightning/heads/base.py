@@ -47,8 +47,12 @@ class LabelHead(Part):
             return output.label_logits
         logits = self.classify(output.values, output)
         if output.time_dim:
-            logits = mean_over_time(logits, output.features.mask)
+            logits = self.reduce_time(logits, output.features.mask)
         return mean_over_samples(logits, self.task) if output.sample_dim else logits
+
+    def reduce_time(self, logits: Tensor, mask: Tensor | None) -> Tensor:
+        """``[..., T, L]`` to ``[..., L]`` over the steps that ``mask [B, T]`` calls real; their mean by default."""
+        return mean_over_time(logits, mask)
 
     def concept_weight(self) -> Tensor | None:
         """``[L, K, m]`` if the logits are linear in the values: how each number of a concept weighs on each class."""
@@ -61,6 +65,12 @@ class LabelHead(Part):
     def losses(self) -> dict[str, Tensor]:
         """Unweighted penalties by name."""
         return {}
+
+    def on_progress(self, fraction: float) -> None:
+        """Told before each training step how much of the training is done, in [0, 1]; for temperatures."""
+
+    def constrain(self) -> None:
+        """Project parameters after an optimizer step; for non-negative weights and the like."""
 
     def diagnostics(self, output: ConceptOutput) -> dict[str, Tensor]:
         """Scalars worth logging in evaluation, by name."""
