@@ -18,6 +18,7 @@ from cbm_lightning import backbones, bottlenecks, callbacks, data, heads, losses
 from cbm_lightning.checkpoints import read_checkpoint
 from cbm_lightning.configurable import Part
 from cbm_lightning.data import ConceptDataModule
+from cbm_lightning.explanation import prediction_table
 
 
 class RecipeFile(ActionConfigFile):
@@ -113,7 +114,8 @@ class CBMCommandLine(LightningCLI):
 
     def after_fit(self) -> None:
         """Test the best checkpoint, or the last weights where none was ranked."""
-        if type(self.datamodule).test_dataloader is LightningDataModule.test_dataloader:
+        loader = getattr(type(self.datamodule), "test_dataloader", LightningDataModule.test_dataloader)
+        if loader is LightningDataModule.test_dataloader:
             return
         checkpoint = self.trainer.checkpoint_callback
         ranked = getattr(checkpoint, "best_model_path", "") and getattr(checkpoint, "monitor", None)
@@ -123,6 +125,20 @@ class CBMCommandLine(LightningCLI):
         ceiling = self.datamodule.bayes_accuracy() if isinstance(self.datamodule, ConceptDataModule) else None
         if ceiling is not None:
             rank_zero_info(f"The best label accuracy that the true concepts allow on this data is {ceiling:.3f}.")
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict, and write ``predictions.csv`` (one file a process) beside the logs, a row a sample."""
+        predictions = self.trainer.predict(**kwargs)
+        if not predictions or not isinstance(self.model, module.CBMModule):
+            return
+        table = prediction_table(self.model, predictions)
+        rank = f"-{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = Path(self.trainer.log_dir or self.trainer.default_root_dir) / f"predictions{rank}.csv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.draft")
+        table.to_csv(draft, index=False)
+        draft.replace(path)
+        rank_zero_info(f"{len(table)} predictions are in {path}.")
 
 
 def _is_wrapper(error: BaseException) -> bool:

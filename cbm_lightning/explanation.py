@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cbm_lightning.types import Batch, Contributions, Prediction
 
@@ -52,6 +54,30 @@ def explain_prediction(model: CBMModule, prediction: Prediction, batch: Batch, t
         head = {"sample": sample, "predicted": name, "probability": confidence}
         rows += [{**head, **line} for line in _lines(model, prediction, batch, account, sample, row, top_k)]
     return pd.DataFrame(rows)
+
+
+def prediction_table(model: CBMModule, predictions: Sequence[Any]) -> pd.DataFrame:
+    """What `CBMModule.predict_step` returned for all batches, a row a sample.
+
+    Args:
+        model: The model that predicted.
+        predictions: A dict of tensors a batch.
+
+    Returns:
+        ``index`` if the batches brought it, ``predicted`` class (not for several labels), ``probability: CLASS`` of
+        each class and ``concept: NAME`` of each concept.
+    """
+    import pandas as pd
+
+    columns = {name: torch.cat([batch[name] for batch in predictions]).cpu() for name in predictions[0]}
+    names = model.class_names or [str(label) for label in range(model.num_classes)]
+    outputs = [names[1]] if model.task == "binary" else names
+    table: dict[str, Any] = {"index": columns["index"].tolist()} if "index" in columns else {}
+    if model.task != "multilabel":
+        table["predicted"] = [names[label] for label in columns["label"].tolist()]
+    table |= {f"probability: {name}": columns["label_probs"][:, i].tolist() for i, name in enumerate(outputs)}
+    table |= {f"concept: {name}": columns["concept_probs"][:, k].tolist() for k, name in enumerate(model.concept_set)}
+    return pd.DataFrame(table)
 
 
 def _lines(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -42,6 +43,12 @@ def toy_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return "toy.yaml"
 
 
+def toy_labels() -> list[int]:
+    from toy import toy_tensors
+
+    return toy_tensors(41, seed=2)["label"].tolist()
+
+
 def test_fit_tests_at_the_end_and_saves_the_resolved_config(toy_config: str, tmp_path: Path) -> None:
     cli = main(["fit", "-c", toy_config, "--model.label_smoothing=0.1"])
     assert "test/label_acc" in cli.trainer.callback_metrics
@@ -60,7 +67,11 @@ def test_fit_tests_at_the_end_and_saves_the_resolved_config(toy_config: str, tmp
     assert tested.trainer.callback_metrics["test/label_acc"] == fitted
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == saved  # a test does not replace it
     predicted = main(["predict", "-c", toy_config, "--ckpt_path", str(checkpoint)])
-    assert predicted.trainer.predict_dataloaders is not None
+    table = pd.read_csv(tmp_path / "predictions.csv")
+    assert len(table) == len(predicted.datamodule.splits["test"])
+    assert {"index", "predicted", "probability: plum", "concept: round"} <= set(table.columns)
+    accuracy = (table["predicted"].map(predicted.model.class_names.index) == toy_labels()).mean()
+    assert accuracy == pytest.approx(float(fitted))
 
 
 def test_the_console_script_reports_success(toy_config: str, monkeypatch: pytest.MonkeyPatch) -> None:
