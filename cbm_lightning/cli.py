@@ -46,6 +46,10 @@ class SaveResolvedConfig(SaveConfigCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write the file; a later ``test`` in the same folder must not replace it."""
         if stage == "fit":
+            if isinstance(data := getattr(trainer, "datamodule", None), ConceptDataModule):
+                data.setup(
+                    "test"
+                )  # the run ends with a test, so what is wrong with that split is said before it begins
             super().setup(trainer, pl_module, stage)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -189,6 +189,9 @@ def test_an_empty_split(folder: Path, refuse: Callable[..., None]) -> None:
     data = write_images(folder, [0, 1] * 6)
     message = "the val split of ConceptFolder is empty; check its split options"
     refuse([*FIT, *TIMM, *data, "--data.val_fraction=0"], ValueError, message)
+    # the run would end with a test, so its split is looked at before training
+    message = "the test split of ConceptFolder is empty; check its split options"
+    refuse([*FIT, *TIMM, *data, "--data.test_fraction=0"], ValueError, message)
     message = "the train split of RenderedBirds is empty"
     refuse([*FIT, *TIMM, "--data=RenderedBirds", "--data.num_train=0"], ValueError, message)
 
