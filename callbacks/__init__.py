@@ -1,5 +1,6 @@
 """Lightning callbacks over the packages of cbm_lightning."""
 
+from cbm_lightning.callbacks.intervention_evaluation import InterventionEvaluation
 from cbm_lightning.callbacks.prediction_table import PredictionTable
 
-__all__ = ["PredictionTable"]
+__all__ = ["InterventionEvaluation", "PredictionTable"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbm_lightning.concepts import ConceptSet
-from cbm_lightning.heads.base import Task
+from cbm_lightning.labels import Task
 from cbm_lightning.types import Batch
 
 INPUTS = ("image", "embedding", "tokens")

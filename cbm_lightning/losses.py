@@ -12,7 +12,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 from cbm_lightning.bottlenecks.activation import ConceptActivation
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.configurable import Part
-from cbm_lightning.heads.base import Task
+from cbm_lightning.labels import Task
 
 Weights = Sequence[float] | Literal["balanced"] | None
 

@@ -18,7 +18,7 @@ from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.data_facts import DataFacts
 from cbm_lightning.explanation import explain_prediction
 from cbm_lightning.heads import LabelHead, LinearHead
-from cbm_lightning.heads.base import Task
+from cbm_lightning.labels import Task
 from cbm_lightning.losses import ConceptLoss, label_loss
 from cbm_lightning.optimization import ClassSpec, check_positive, check_weights
 from cbm_lightning.phases import Phase
@@ -240,13 +240,13 @@ class CBMModule(PhasedTraining):
         """Loss of ``[B, L]`` class logits; override it for a label loss of your own."""
         return label_loss(logits, label, self.task, self.label_smoothing)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Predict and score one validation batch."""
-        self.evaluate(batch, batch_idx, self.val_scores)
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Prediction]:
+        """Predict and score one validation batch; callbacks read the ``prediction``."""
+        return {"prediction": self.evaluate(batch, batch_idx, self.val_scores)}
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Predict and score one test batch."""
-        self.evaluate(batch, batch_idx, self.test_scores)
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Prediction]:
+        """Predict and score one test batch; callbacks read the ``prediction``."""
+        return {"prediction": self.evaluate(batch, batch_idx, self.test_scores)}
 
     def evaluate(self, batch: Any, batch_idx: int, scores: EvaluationMetrics) -> Prediction:
         """Predict a batch and count it in the scores of a stage."""

@@ -8,7 +8,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import Accuracy
 
 from cbm_lightning.concepts import ConceptSet
-from cbm_lightning.heads.base import Task
+from cbm_lightning.labels import Task
 from cbm_lightning.metrics import (
     ConceptAccuracy,
     ConceptAUROC,

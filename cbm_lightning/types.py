@@ -6,9 +6,11 @@ Shape letters: ``B`` batch, ``K`` concepts, ``L`` classes, ``D`` feature width, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
@@ -81,7 +83,8 @@ class ConceptOutput:
         uncertainty: ``[B, K]``, if the bottleneck estimates it.
         distribution: A ``torch.distributions`` object over the logits or embeddings, if there is one.
         label_logits: ``[B, L]`` from bottlenecks that own the label energy; the head passes them through.
-        extras: Anything else the bottleneck wants to find again in `intervene` or `losses`.
+        extras: Anything else the bottleneck wants to find again in `intervene` or `losses`; tensors begin with the
+            batch axis.
     """
 
     features: Features
@@ -108,6 +111,56 @@ class ConceptOutput:
         )
         own = None if self.label_logits is None else self.label_logits.detach()
         return replace(self, features=features, values=self.values.detach(), label_logits=own)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ConceptOutput:
+        """A copy with every tensor changed, those of the features included."""
+
+        def changed(x: Any) -> Any:
+            return change(x) if isinstance(x, Tensor) else x
+
+        features = replace(self.features, **{f.name: changed(getattr(self.features, f.name)) for f in fields(Features)})
+        own = {f.name: changed(getattr(self, f.name)) for f in fields(self)}
+        extras = {name: changed(value) for name, value in self.extras.items()}
+        return replace(self, **{**own, "features": features, "extras": extras})
+
+    def float(self) -> ConceptOutput:
+        """A copy out of the graph, in single precision what mixed precision computed in half."""
+        half = (torch.float16, torch.bfloat16)
+        return self.map(lambda x: x.detach().float() if x.dtype in half else x.detach())
+
+    @property
+    def can_join(self) -> bool:
+        """Whether `cat` can join it with others: it has no distribution, and extras are tensors a sample."""
+        batch = len(self.logits)
+        extras = all(isinstance(x, Tensor) and x.ndim > 0 and len(x) == batch for x in self.extras.values())
+        return self.distribution is None and extras
+
+    @classmethod
+    def cat(cls, outputs: Sequence[ConceptOutput]) -> ConceptOutput:
+        """The outputs of several batches as one; all of them from one bottleneck, see `can_join`."""
+        if len(outputs) == 1:
+            return outputs[0]
+        first = outputs[0]
+
+        def joined(get: Callable[[ConceptOutput], Tensor | None], dim: int = 0) -> Any:
+            parts = [get(output) for output in outputs]
+            return None if parts[0] is None else torch.cat([part for part in parts if part is not None], dim)
+
+        features = Features(
+            joined(lambda o: o.features.pooled),
+            joined(lambda o: o.features.tokens),
+            joined(lambda o: o.features.mask),
+            first.features.grid,
+        )
+        return first.replace(
+            features=features,
+            values=joined(lambda o: o.values, dim=int(first.sample_dim)),
+            extras={name: torch.cat([output.extras[name] for output in outputs]) for name in first.extras},
+            **{
+                name: joined(lambda o, name=name: getattr(o, name))  # type: ignore[misc]
+                for name in ("logits", "probs", "maps", "uncertainty", "label_logits")
+            },
+        )
 
 
 @dataclass(frozen=True)
@@ -136,6 +189,19 @@ class Prediction(NamedTuple):
 
     logits: Tensor
     concepts: ConceptOutput
+
+
+class LinearEffects(NamedTuple):
+    """The two halves of a rank-one update: correcting one concept moves the class logits along one line.
+
+    Attributes:
+        directions: ``[B, K, m]`` (``[1, K, m]`` if all samples share it), the line along which the numbers of a concept
+            move when it is corrected; its length means nothing.
+        weight: ``[L, K, m]``, how each number of a concept weighs on each class logit.
+    """
+
+    directions: Tensor
+    weight: Tensor
 
 
 class Contributions(NamedTuple):

@@ -11,6 +11,9 @@ import torch
 # Lightning itself calls jsonargparse with an option that was renamed
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
+# tests fork, and a forked process hangs in its first parallel region if its parent has been in one before
+torch.set_num_threads(1)
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 

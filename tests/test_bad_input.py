@@ -203,6 +203,61 @@ def test_a_batch_without_concepts(refuse: Callable[..., None]) -> None:
     refuse([*FIT, *FOREIGN, "--data.with_concepts=false"], ValueError, message)
 
 
+CORRECT = [*FIT, *TOY, "--data=toy.ToyData", "--trainer.callbacks+=InterventionEvaluation"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("policies=[rand,upc]", r"policies: nothing is called 'upc'; did you mean 'ucp'\?"),
+        ("policies=[ucp,ucp]", r"policies: several are called \['ucp'\]; give each a label of its own"),
+        ("values=percentiles", r"values: nothing is called 'percentiles'; did you mean 'percentile'\?"),
+        ('unit={"a":["red","wet"]}', r"cover each of the 4 concepts once; in no group are \['round', 'small'\]"),
+        ('unit={"a":["red","wett"]}', r"no concept is called 'wett'; did you mean .*'wet'"),
+        ("competence=1.5", r"competence: expected probabilities in \[0, 1\], got 1\.5"),
+        ("budgets=[9]", r"budgets: expected numbers of units from 0 to 4, or fractions in \[0, 1\], got 9"),
+        ("budgets=[1.5]", r"budgets: expected numbers of units .* or fractions in \[0, 1\], got 1\.5"),
+    ],
+)
+def test_interventions_that_do_not_fit(option: str, message: str, refuse: Callable[..., None]) -> None:
+    # the curves are those of the test after the training, and the error comes before it
+    refuse([*CORRECT, f"--trainer.callbacks.{option}"], ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("unit=concepts", "Expected a typing.Literal['concept', 'group']"),
+        ("stages=[train]", "Expected a typing.Literal['val', 'test']. Got value: train"),
+        ("competence=often", "Given value: often"),
+        (
+            'policies=[{"class_path":"torch.nn.Identity"}]',
+            "Import path torch.nn.Identity does not correspond to a subclass of Policy",
+        ),
+        (
+            'values={"class_path":"torch.nn.Identity"}',
+            "Import path torch.nn.Identity does not correspond to a subclass of InterventionValues",
+        ),
+    ],
+)
+def test_interventions_of_another_type(
+    option: str, message: str, refuse: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse([*CORRECT, f"--trainer.callbacks.{option}"], SystemExit, "2")
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:cbm test without --ckpt_path judges the weights")
+def test_interventions_where_nothing_is_annotated(folder: Path, refuse: Callable[..., None]) -> None:
+    rows = np.random.default_rng(0).standard_normal((40, 16), np.float32)
+    np.savez(folder / "clip.npz", embedding=rows, label=np.arange(40) % 2, text_embeddings=rows[:5])
+    arguments = ["--config", "clip_similarity", "--config", "intervene", f"--data.path={folder / 'clip.npz'}"]
+    quiet = [f"--trainer.{option}" for option in QUIET]
+    # the datamodule fills in NaN
+    message = "Intervention curves need annotated concepts"
+    refuse(["test", *arguments, *quiet], ValueError, message)
+
+
 def test_numbers_that_compare_with_nothing() -> None:
     with pytest.raises(ValueError, match=r"label: expected values from 0 to 1 \(2 classes\), got nan to nan"):
         check_labels(torch.tensor([1.0, torch.nan]), 2, "binary")

@@ -93,3 +93,46 @@ def test_plain_ddp_is_refused_where_it_would_stop_at_unused_parameters(runs: Pat
     assert "phase 'concepts' leaves the parameters of ['head'] unused" in said["sequential"]
     assert "phase 'joint' leaves the parameters of ['head'] unused" in said["no label"]
     assert all(advice in text for text in said.values())
+
+
+@pytest.mark.parametrize("name", ["ours", "plain"])
+def test_interventions_on_two_processes_are_those_on_one(runs: Path, name: str) -> None:
+    [one, *two] = (
+        torch.load(runs / "curves" / f"{name} {processes}" / f"rank {rank}.pt", weights_only=True)
+        for processes, rank in ((1, 0), (2, 0), (2, 1))
+    )
+    assert one["samples"] == [41, 41]
+    batch_scope = {"rand_batch", "ucp_batch", "ectp_batch"}
+    assert one["curves"].keys() == {"rand", "ucp", "global_improvement"} | batch_scope
+    for found in two:
+        assert found["samples"] == [41, 41]
+        for policy, curves in one["curves"].items():
+            assert curves.keys() == found["curves"][policy].keys()
+            assert ("worst_group" in curves) == (name == "plain")
+            for key, curve in curves.items():
+                # a loss is a sum in another order, all else are counts
+                tolerance = {"rtol": 1e-6, "atol": 1e-6} if key == "loss" else {"rtol": 0, "atol": 0}
+                torch.testing.assert_close(found["curves"][policy][key], curve, equal_nan=True, **tolerance)
+    # the policies do not all do the same
+    assert len({tuple(curves["loss"][0].tolist()) for curves in one["curves"].values()}) == 6
+
+
+@pytest.mark.parametrize("name", ["ours", "plain"])
+def test_the_scalars_of_interventions_are_logged_once_for_all_processes(runs: Path, name: str) -> None:
+    one, two = (json.loads((runs / "curves" / f"{name} {n}" / "scores.json").read_text()) for n in (1, 2))
+    logged = [key for key in one if "/intervention/" in key or "/batch/" in key]
+    assert {"test/intervention/rand/auc", "test/batch/ectp_batch/final"} <= set(logged)
+    assert {key: two[key] for key in logged} == pytest.approx({key: one[key] for key in logged}, abs=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["single", "batch"])
+def test_a_process_without_a_sample_takes_part(runs: Path, scope: str) -> None:
+    said = json.loads((runs / "few.json").read_text())
+    assert scope not in said
+    assert said[f"test/intervention/{scope}/worst_group_auc"] == said[f"test/intervention/{scope}/auc"]
+
+
+def test_a_checkpoint_can_follow_interventions_on_two_processes(runs: Path) -> None:
+    content = torch.load(runs / "watched" / "epoch=0.ckpt", weights_only=True)
+    [kept] = [state for name, state in content["callbacks"].items() if name.startswith("InterventionEvaluation")]
+    assert kept["values"]["logit_range"].shape == (2, 4)

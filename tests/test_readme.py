@@ -12,6 +12,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -96,6 +97,7 @@ def test_diffs_run_on_both_sides(diff: str, side: str, monkeypatch: pytest.Monke
     assert isinstance(scope["model"], CBMModule) == (side == "after")
 
 
+@pytest.mark.filterwarnings("ignore::cbm_lightning.interventions.leakage_check.LeakageWarning")
 @pytest.mark.parametrize("code", blocks("python"), ids=range(len(blocks("python"))))
 def test_python_blocks_run(code: str, tmp_path: Path) -> None:
     if "best.ckpt" in code:
@@ -111,6 +113,7 @@ def commands() -> list[str]:
     return [part.strip() for line in [*lines, *INLINE] for part in line.split("&&")]
 
 
+@pytest.mark.filterwarnings("ignore::cbm_lightning.interventions.leakage_check.LeakageWarning")
 @pytest.mark.parametrize("command", sorted(set(commands())))
 def test_commands_run(command: str) -> None:
     words = shlex.split(command)
@@ -147,6 +150,18 @@ def test_the_recipe_table_names_every_recipe() -> None:
     named = set(re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE))
     shipped = {path.stem for path in (REPOSITORY / "recipes").glob("*.yaml")}
     assert shipped <= named
+
+
+def test_commands_begin_with_a_system_that_fragments_add_to() -> None:
+    systems = {
+        path.stem: "model" in yaml.safe_load(path.read_text()) for path in (REPOSITORY / "recipes").glob("*.yaml")
+    }
+    for command in commands():
+        words = shlex.split(command)
+        named = [words[i + 1] for i, word in enumerate(words) if word == "--config"]
+        recipes = [name for name in named if name != "NAME" and not name.endswith(".yaml")]
+        assert set(recipes) <= systems.keys(), command
+        assert [systems[name] for name in recipes] == [i == 0 for i in range(len(recipes))], command
 
 
 def test_pictures_exist() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from cub_tree import write_miniature_cub_tree
 from PIL import Image
 
@@ -21,9 +22,14 @@ TINY = [
     "--model.backbone.pretrained=false",
     "--model.backbone.img_size=64",
 ]
-RECIPES = sorted(
-    path.name.removesuffix(".yaml") for path in files("cbm_lightning.recipes").iterdir() if path.name.endswith(".yaml")
-)
+SHIPPED = {
+    path.name.removesuffix(".yaml"): yaml.safe_load(path.read_text())
+    for path in files("cbm_lightning.recipes").iterdir()
+    if path.name.endswith(".yaml")
+}
+# a system has a model; a fragment adds something to any of them
+RECIPES = sorted(name for name, content in SHIPPED.items() if "model" in content)
+FRAGMENTS = sorted(SHIPPED.keys() - set(RECIPES))
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +58,11 @@ def small_data(recipe: str, folder: Path) -> list[str]:
     return ["--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"]
 
 
+def test_fragments_are_told_from_systems() -> None:
+    assert FRAGMENTS == ["intervene"]
+    assert "quickstart" in RECIPES
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains_and_tests(recipe: str, tmp_path: Path) -> None:
     cli = main(["fit", "--config", recipe, *small_data(recipe, tmp_path), "--trainer.max_epochs=2", *SHORT])
@@ -63,3 +74,30 @@ def test_recipe_trains_and_tests(recipe: str, tmp_path: Path) -> None:
     assert (folder / "config.yaml").is_file()
     assert (folder / "metrics.csv").is_file()
     assert (folder / "checkpoints" / "last.ckpt").is_file() or list((folder / "checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.filterwarnings("ignore::cbm_lightning.interventions.leakage_check.LeakageWarning")
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_interventions_are_added_to_the_test_of_a_recipe(tmp_path: Path) -> None:
+    data = small_data("quickstart", tmp_path)
+    cli = main(["fit", "--config", "quickstart", *data, "--trainer.max_epochs=1", *SHORT])
+    best = cli.trainer.checkpoint_callback.best_model_path
+    assert not [name for name in cli.trainer.callback_metrics if "intervention" in name]
+    test = ["test", "--config", "quickstart", "--config", "intervene", *data, *SHORT[3:]]
+    found = main([*test, f"--ckpt_path={best}"]).trainer
+    policies = SHIPPED["intervene"]["trainer"]["callbacks+"][0]["init_args"]["policies"]
+    assert {f"test/intervention/{policy}/auc" for policy in policies} <= found.callback_metrics.keys()
+    assert 0 <= found.callback_metrics["test/intervention/ucp/auc"] <= 1
+    media = Path(found.log_dir) / "media" / "test" / "intervention"
+    assert [path.suffix for path in sorted(media.iterdir())] == [".csv", ".png"]
+    # the recipe's own callbacks are still there
+    assert found.checkpoint_callback.monitor == "val/loss"
+    units = {len(group) for group in found.lightning_module.concept_set.group_indices().values()}
+    assert max(units) > 1
+
+
+@pytest.mark.filterwarnings("ignore::cbm_lightning.interventions.leakage_check.LeakageWarning")
+def test_weights_that_nobody_trained_are_warned_of(tmp_path: Path) -> None:
+    test = ["test", "--config", "quickstart", "--config", "intervene", *small_data("quickstart", tmp_path), *SHORT[3:]]
+    with pytest.warns(UserWarning, match="cbm test without --ckpt_path judges the weights that the model starts with"):
+        main([*test, '--trainer.callbacks.policies=["ucp"]'])

@@ -65,6 +65,24 @@ class Bottleneck(Part):
     def intervene(self, output: ConceptOutput, intervention: Intervention) -> ConceptOutput:
         """Redo the output with corrected concepts. Reads ``output.features``; never runs the backbone."""
 
+    def directions(self, output: ConceptOutput) -> Tensor | None:
+        """The line along which a correction moves the numbers of a concept, for fast look-ahead.
+
+        Returns:
+            ``[B, K, m]`` (``[1, K, m]`` if all samples share it) of any length, or None, the default, unless correcting
+            a concept changes its own numbers only, along this line, whatever the value, and `refine` is the identity.
+        """
+        return None
+
+    def query_scores(self, output: ConceptOutput, mask: Tensor) -> Tensor | None:
+        """``[B, U]`` raw scores of a learned policy: which unit (group) to ask about next, or None without one.
+
+        Args:
+            output: The output with the corrections so far.
+            mask: ``[B, K]`` bool, the corrections so far.
+        """
+        return None
+
     def losses(self, output: ConceptOutput, batch: Batch, context: LossContext) -> dict[str, Tensor]:
         """Unweighted losses by name, on the un-intervened output. By default the supervised concept loss."""
         return {"concept": context.concept_loss(output.logits, batch["concepts"])}

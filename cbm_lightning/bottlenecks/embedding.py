@@ -91,6 +91,12 @@ class EmbeddingBottleneck(Bottleneck):
         values = torch.where(self._per_number(intervention.mask), mixed, output.values)
         return output.replace(probs=probs, values=values)
 
+    def directions(self, output: ConceptOutput) -> Tensor:
+        """The mix moves between the two vectors of a concept."""
+        present, absent = output.extras["pairs"].unbind(2)
+        difference: Tensor = present - absent
+        return difference
+
     def _per_number(self, mask: Tensor) -> Tensor:
         """``[B, K]`` to ``[B, K*m]``."""
         return mask.repeat_interleave(self.embedding_size, dim=1)

@@ -89,6 +89,10 @@ class ScalarBottleneck(Bottleneck):
             values=torch.cat([own, free], -1),
         )
 
+    def directions(self, output: ConceptOutput) -> Tensor | None:
+        """One number a concept moves along one line."""
+        return output.values.new_ones(1, self.layout.concepts, 1) if output.values.ndim == 2 else None
+
     def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:
         """Set ``value_range`` to the 5th and 95th percentile of the training predictions, concept by concept."""
         values = values[..., : self.layout.concepts].float()

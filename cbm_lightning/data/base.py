@@ -154,17 +154,22 @@ class ConceptDataModule(Configurable, LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every sample once, in order."""
-        return self._evaluation_loader("val")
+        return self.ordered_dataloader("val")
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every sample once, in order."""
-        return self._evaluation_loader("test")
+        return self.ordered_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The test split."""
-        return self._evaluation_loader("test")
+        return self.ordered_dataloader("test")
 
-    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
+    def ordered_dataloader(self, name: str) -> DataLoader[Any]:
+        """Every sample of a split once, in order, on any number of processes; call after `setup`.
+
+        Args:
+            name: ``"train"`` (with its augmentation), ``"val"`` or ``"test"``.
+        """
         world, rank = self._world()
         dataset = self.splits[name]
         if world == 1:

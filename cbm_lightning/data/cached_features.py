@@ -161,9 +161,10 @@ class CachedFeatures(ConceptDataModule):
         self.splits["train"] = self.make_split("train")
         return super().train_dataloader()
 
-    def _evaluation_loader(self, name: str) -> DataLoader[Any]:
+    def ordered_dataloader(self, name: str) -> DataLoader[Any]:
+        """Every sample of a split once, in order; encodes what no cache holds."""
         self.splits[name] = self.make_split(name)
-        return super()._evaluation_loader(name)
+        return super().ordered_dataloader(name)
 
     def make_split(self, name: str) -> TensorDataset:
         """The features of a split, encoded now if no file holds them.

@@ -16,11 +16,11 @@ from cbm_lightning.data.birds.attributes import ATTRIBUTES, EVENTS, NUISANCES, G
 from cbm_lightning.data.birds.batches import BirdBatches
 from cbm_lightning.data.birds.captions import listing, phrases
 from cbm_lightning.data.birds.population import Population
-from cbm_lightning.data.birds.randomness import Randomness
 from cbm_lightning.data.birds.rules import LabelRule, Rule, combination
 from cbm_lightning.data.birds.scene import Nuisances
 from cbm_lightning.data.birds.splits import BirdSplit
 from cbm_lightning.data.birds.style import Style
+from cbm_lightning.randomness import Randomness
 
 Split = Literal["train", "val", "test"]
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
-from typing import Literal
 
-import torch
 from torch import Tensor
-from torch.nn.functional import log_softmax, logsigmoid
 
 from cbm_lightning.configurable import Part
+from cbm_lightning.labels import Task, mean_over_samples
 from cbm_lightning.types import ConceptOutput, Contributions, FeatureDims, ValueLayout
-
-Task = Literal["multiclass", "binary", "multilabel"]
 
 
 class LabelHead(Part):
@@ -83,12 +78,3 @@ def mean_over_time(logits: Tensor, mask: Tensor | None) -> Tensor:
         return logits.mean(-2)
     weight = mask.to(logits).unsqueeze(-1)
     return (logits * weight).sum(-2) / weight.sum(-2).clamp(min=1.0)
-
-
-def mean_over_samples(logits: Tensor, task: Task) -> Tensor:
-    """Average ``[S, B, L]`` in probability space; returns logits ``[B, L]`` of the average."""
-    samples = math.log(len(logits))
-    if task == "multiclass":
-        return torch.logsumexp(log_softmax(logits, -1), 0) - samples
-    yes, no = (torch.logsumexp(logsigmoid(sign * logits), 0) for sign in (1.0, -1.0))
-    return yes - no

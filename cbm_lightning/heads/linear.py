@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cbm_lightning.heads.base import LabelHead, Task
+from cbm_lightning.heads.base import LabelHead
+from cbm_lightning.labels import Task
 from cbm_lightning.types import ConceptOutput, Contributions, FeatureDims, ValueLayout
 
 

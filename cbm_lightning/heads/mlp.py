@@ -7,7 +7,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from cbm_lightning.heads.base import LabelHead, Task
+from cbm_lightning.heads.base import LabelHead
+from cbm_lightning.labels import Task
 from cbm_lightning.types import ConceptOutput, FeatureDims, ValueLayout
 
 

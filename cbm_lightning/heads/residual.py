@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from cbm_lightning.heads.base import LabelHead, Task
+from cbm_lightning.heads.base import LabelHead
 from cbm_lightning.heads.linear import LinearHead
+from cbm_lightning.labels import Task
 from cbm_lightning.types import ConceptOutput, Contributions, FeatureDims, ValueLayout
 
 

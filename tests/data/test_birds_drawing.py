@@ -12,10 +12,10 @@ from cbm_lightning.data.birds.bird import Drawing, draw
 from cbm_lightning.data.birds.canvas import Canvas, Ink, Pose, ellipse
 from cbm_lightning.data.birds.captions import captions, listing, mention
 from cbm_lightning.data.birds.population import Birds
-from cbm_lightning.data.birds.randomness import Randomness
 from cbm_lightning.data.birds.render import visible_groups
 from cbm_lightning.data.birds.scene import Nuisances, Scene, animate, class_background, happening
 from cbm_lightning.data.birds.style import Style
+from cbm_lightning.randomness import Randomness
 
 NAMES = [group.name for group in ATTRIBUTES]
 RGB = {"red": 0, "yellow": 1, "blue": 2}

@@ -8,8 +8,8 @@ import torch
 from cbm_lightning.data.birds.annotate import seen_values
 from cbm_lightning.data.birds.attributes import ATTRIBUTES
 from cbm_lightning.data.birds.population import Population
-from cbm_lightning.data.birds.randomness import Randomness
 from cbm_lightning.data.birds.rules import LabelRule, flat_index, matches
+from cbm_lightning.randomness import Randomness
 
 EVERY = [name for group in ATTRIBUTES for name in group.concepts]
 CORRELATED = ["body colour", "beak", "crest"]

@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from cbm_lightning.concepts import ConceptSet, Kind
 from cbm_lightning.data.birds.attributes import Group, Part, check_share
-from cbm_lightning.data.birds.randomness import Randomness
+from cbm_lightning.randomness import Randomness
 
 ConceptLabels = Literal["instance", "class"]
 MissingBy = Literal["image", "concept"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cbm_lightning.data.birds.attributes import Group
-from cbm_lightning.data.birds.randomness import Randomness
+from cbm_lightning.randomness import Randomness
 
 _TEMPLATES = ("a bird with {}", "a drawing of a bird with {}", "this bird has {}", "a small bird that has {}")
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cbm_lightning.data.birds.attributes import ATTRIBUTES, Group, check_share, find_groups
-from cbm_lightning.data.birds.randomness import Randomness
 from cbm_lightning.data.birds.rules import Combination, LabelRule, flat_index, matches
+from cbm_lightning.randomness import Randomness
 
 # divisible by 2, 3 and 4, so that no edge between values falls on a point and a correlation of one is exact too
 _QUADRATURE_POINTS = 384

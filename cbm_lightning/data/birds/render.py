@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cbm_lightning.data.birds.attributes import Group, Part
 from cbm_lightning.data.birds.bird import draw
-from cbm_lightning.data.birds.randomness import Randomness
 from cbm_lightning.data.birds.scene import Scene
 from cbm_lightning.data.birds.style import Style
+from cbm_lightning.randomness import Randomness
 
 _PIECE = 128
 _ENOUGH = 0.25

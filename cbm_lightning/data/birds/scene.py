@@ -12,7 +12,7 @@ from torch.nn.functional import one_hot
 
 from cbm_lightning.data.birds.attributes import ATTRIBUTES, BACKGROUND, EVENTS, Group, Part, check_share
 from cbm_lightning.data.birds.population import Birds
-from cbm_lightning.data.birds.randomness import Randomness
+from cbm_lightning.randomness import Randomness
 
 Rows = slice | Tensor
 _FLAP_ANGLE = 1.3

@@ -13,11 +13,11 @@ from cbm_lightning.data.birds.annotate import Annotation, Vocabulary
 from cbm_lightning.data.birds.attributes import EVENTS, check_share
 from cbm_lightning.data.birds.captions import mention
 from cbm_lightning.data.birds.population import Birds, Population
-from cbm_lightning.data.birds.randomness import Randomness
 from cbm_lightning.data.birds.render import render, visible_groups
 from cbm_lightning.data.birds.rules import Combination
 from cbm_lightning.data.birds.scene import Nuisances, Scene, animate, class_background, happening
 from cbm_lightning.data.birds.style import Style
+from cbm_lightning.randomness import Randomness
 
 _SMALLEST = 32
 
@@ -96,7 +96,7 @@ class BirdSplit:
             rows["frame_concepts"] = concepts[:, None] * during
         else:
             clip = scene
-        each = Randomness(randomness.seed, randomness.split, randomness.index.repeat_interleave(self.frames))
+        each = Randomness(randomness.seed, randomness.name, randomness.index.repeat_interleave(self.frames))
         pictures = render(clip, self.size, self.style, each)
         rows["frames"] = pictures.colours.reshape(-1, self.frames, *pictures.colours.shape[1:])
         if self.parts:

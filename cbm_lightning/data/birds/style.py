@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, pad
 
-from cbm_lightning.data.birds.randomness import Randomness
+from cbm_lightning.randomness import Randomness
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,328 @@
+"""`InterventionEvaluation`: what it helps to correct concepts, and which to ask about first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torchmetrics import Metric
+
+from cbm_lightning.callbacks.intervention_figure import draw_curves
+from cbm_lightning.callbacks.loggers import log_figure, log_table
+from cbm_lightning.callbacks.passes import Positions, flatten, gather_rows, predict, predictions
+from cbm_lightning.interventions.curve import Average
+from cbm_lightning.interventions.engine import InterventionEngine, Reading, Samples, Scope, Unanswered
+from cbm_lightning.interventions.leakage_check import LeakageWarning, describe_fall
+from cbm_lightning.interventions.person import LabelLevel, OnInvisible, Person, class_majority
+from cbm_lightning.interventions.policies import Policy
+from cbm_lightning.interventions.study import InterventionStudy, StudyResult, check_labels
+from cbm_lightning.interventions.units import Reduce, Unit, Units
+from cbm_lightning.interventions.values import InterventionValues
+from cbm_lightning.types import Batch, Prediction
+
+Stage = Literal["val", "test"]
+
+
+class InterventionEvaluation(Callback):
+    """Corrects concepts step by step in validation or test, and logs how the label follows.
+
+    Each batch is encoded once, by the module's own step where that returns its ``prediction``; everything else is the
+    head. Logged are the scalars ``{val,test}/intervention/POLICY/{auc,gain,final,...}`` (for `ModelCheckpoint` and
+    `EarlyStopping` too), the table ``.../intervention/curves`` and the figure ``.../intervention/figure`` to every
+    logger, or to files, see `loggers`. If accuracy falls though every answer was right, a `LeakageWarning` says so with
+    the numbers. The same curves come out for any batch size and number of processes.
+
+    Args:
+        policies: Short names or configured policies: which unit to ask about next.
+        unit: Ask about single concepts (``"concept"``), about the concept set's groups (``"group"``), or about groups
+            of one's own, name to concept names, which cover every concept.
+        stages: Where to run: ``"val"``, ``"test"`` or both.
+        scope: See `InterventionEngine`.
+        group_reduce: How scores of concepts become that of their group: ``"mean"``, ``"max"`` or ``"sum"``.
+        budgets: How many units to correct: numbers, fractions of all units, or None for every number.
+        values: What the model is told: ``"own"``, ``"binary"``, ``"percentile"``, ``"class_conditional_percentile"``,
+            ``"constant"``, ``"confidence_region"`` or a configured strategy. Those that need training predictions take
+            them from the checkpoint, or predict the training split first.
+        label_level: See `Person`.
+        on_invisible: See `Person`.
+        competence: See `Person`.
+        unanswered: See `InterventionEngine`.
+        reading: See `InterventionEngine`.
+        costs: Of every unit, or by unit name (1 where none is given).
+        num_seeds: Trials of policies that draw; the figure shows their spread.
+        average: Label accuracy over samples (``"micro"``) or over classes (``"macro"``, balanced).
+        task_metric: Any torchmetrics metric of the label instead of accuracy.
+        target: A score; ``POLICY/target_budget`` is the smallest budget that reaches it.
+        subgroup_key: Batch entry ``[B]`` of group numbers for the worst-group curve, where batches have it.
+        max_samples: Only the first samples of the split.
+        every_n_epochs: Run in every n-th validation of a fit.
+        fit_batches: Batches of the training or validation split that policies and values learn from; all by default.
+        block_size: Samples the policies run on at a time.
+        seed: Seed of all draws.
+        name: Stands in the log keys, so that several evaluations can work in one Trainer.
+
+    Raises:
+        ValueError: An option is unknown or out of range, or (in ``setup``) does not fit the model's concepts.
+        TypeError: The LightningModule lacks a member of `interventions.Intervenable`.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> evaluation = InterventionEvaluation(["rand", "ucp", "ectp"], unit="group")
+        >>> trainer = Trainer(callbacks=[evaluation], accelerator="cpu", logger=False)
+    """
+
+    def __init__(
+        self,
+        policies: Sequence[Policy | str] = ("rand", "ucp"),
+        unit: Unit | dict[str, list[str]] = "concept",
+        stages: Sequence[Stage] = ("test",),
+        scope: Scope = "single",
+        group_reduce: Reduce = "mean",
+        budgets: list[int | float] | None = None,
+        values: InterventionValues | str = "own",
+        label_level: LabelLevel = "instance",
+        on_invisible: OnInvisible = "skip",
+        competence: float | dict[str, float] | Literal["uniform"] = 1.0,
+        unanswered: Unanswered = "skip",
+        reading: Reading = "soft",
+        costs: float | dict[str, float] = 1.0,
+        num_seeds: int = 5,
+        average: Average = "micro",
+        task_metric: Metric | None = None,
+        target: float | None = None,
+        subgroup_key: str = "group",
+        max_samples: int | None = None,
+        every_n_epochs: int = 1,
+        fit_batches: int | None = None,
+        block_size: int = 1024,
+        seed: int = 0,
+        name: str = "intervention",
+    ) -> None:
+        positive = {"every_n_epochs": every_n_epochs, "max_samples": max_samples, "fit_batches": fit_batches}
+        for field, value in positive.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{field}: expected at least 1, got {value}")
+        if not stages or set(stages) - {"val", "test"}:
+            raise ValueError(f"stages: expected 'val', 'test' or both, got {list(stages)}")
+        if isinstance(policies, str):
+            raise ValueError(f"policies: expected a list of names, got the single text {policies!r}")
+        self.policies = [Policy.make(policy) for policy in policies]
+        check_labels(self.policies)
+        self.values = InterventionValues.make(values)
+        self.name, self.stages = name, tuple(stages)
+        # all but the stages: a test takes up what the evaluation in a fit learned
+        self._settings = {
+            "name": name,
+            "policies": [policy.label for policy in self.policies],
+            "unit": str(unit),
+            "scope": scope,
+        }
+        self.unit, self.group_reduce, self.costs = unit, group_reduce, costs
+        self.every_n_epochs, self.max_samples, self.fit_batches = every_n_epochs, max_samples, fit_batches
+        self.subgroup_key, self.target = subgroup_key, target
+        self._engine_options = {"scope": scope, "reading": reading, "unanswered": unanswered, "seed": seed}
+        self._person_options = {"label_level": label_level, "on_invisible": on_invisible, "competence": competence}
+        self._study_options = {
+            "budgets": budgets,
+            "num_seeds": num_seeds,
+            "average": average,
+            "metric": task_metric,
+            "block_size": block_size,
+        }
+        self.result: StudyResult | None = None
+        self._studies: list[tuple[InterventionStudy, Positions]] = []
+        self._restored = False
+
+    @property
+    def state_key(self) -> str:
+        """Tells several evaluations of one Trainer apart."""
+        return self._generate_state_key(**self._settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the value strategy learned, so that a test of the checkpoint need not predict the training split."""
+        return {"values": self.values.state_dict(), "spec": self.values.spec()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what the value strategy learned, unless another one is used now."""
+        if state_dict["values"] and state_dict["spec"] == self.values.spec():
+            self.values.load_state_dict(state_dict["values"])
+            self._restored = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check every option against the model, and the name against other evaluations, before anything runs."""
+        others = [c for c in trainer.callbacks if isinstance(c, InterventionEvaluation) and c is not self]  # type: ignore[attr-defined]
+        if any(c.name == self.name and set(c.stages) & set(self.stages) for c in others):
+            raise ValueError(
+                f"name: two evaluations of one Trainer would log under {self.name!r}; give each a name of its own, "
+                "such as 'intervention_groups'"
+            )
+        self._study(trainer, pl_module)
+
+    def _study(self, trainer: Trainer, pl_module: LightningModule) -> InterventionStudy:
+        """A fresh study."""
+        model = cast(Any, pl_module)
+        if missing := [name for name in ("concept_set", "num_classes", "read_batch") if not hasattr(model, name)]:
+            raise TypeError(
+                f"InterventionEvaluation needs a module whose concepts can be corrected, {type(model).__name__} has no "
+                f"{missing}: use CBMModule, or give it the members of `interventions.Intervenable`"
+            )
+        concepts = model.concept_set
+        units = Units.make(concepts, self.unit, self.group_reduce, self.costs).to(pl_module.device)
+        for policy in self.policies:
+            policy.build(units)
+        if getattr(self.values, "concepts", None) != concepts:
+            self.values.build(concepts)
+        engine = InterventionEngine(model, units, self.values, **self._engine_options)  # type: ignore[arg-type]
+        person = Person(concepts, **self._person_options)  # type: ignore[arg-type]
+        return InterventionStudy(
+            engine,
+            person,
+            self.policies,
+            num_classes=model.num_classes,
+            device=pl_module.device,
+            **self._study_options,  # type: ignore[arg-type]
+        )
+
+    # ---------------------------------------------------------------- hooks
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, if validation is wanted and this epoch's turn."""
+        due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        self._studies = []
+        if "val" in self.stages and due and not trainer.sanity_checking:
+            self._begin(trainer, pl_module, trainer.val_dataloaders)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin, if the test is wanted."""
+        self._studies = []
+        if "test" in self.stages:
+            self._begin(trainer, pl_module, trainer.test_dataloaders)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the predictions of a batch."""
+        self._add(trainer, pl_module, outputs, batch, dataloader_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Take the predictions of a batch."""
+        self._add(trainer, pl_module, outputs, batch, dataloader_idx)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the curves."""
+        self._finish(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the curves."""
+        self._finish(trainer, pl_module, "test")
+
+    # ---------------------------------------------------------------- the work
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule, loaders: Any) -> None:
+        self._studies = [
+            (self._study(trainer, pl_module), Positions(loader, trainer.world_size, trainer.global_rank))
+            for loader in flatten(loaders)
+        ]
+        study = self._studies[0][0]
+        if study.person.label_level == "class":
+            majority = self._class_concepts(trainer, pl_module)
+            for other, _ in self._studies:
+                other.person.class_concepts = majority
+        wanted = {policy.fits_on for policy in self.policies}
+        # a resumed fit trains on, so what the checkpoint knows is stale in its first validation
+        known = self._restored and trainer.state.fn != "fit"
+        self._restored = False
+        if self.values.needs_train and not known:
+            wanted.add("train")
+        for split in ("train", "val"):
+            if split in wanted:
+                study.fit(split, list(self._samples(trainer, pl_module, study, split)), gather_rows)
+
+    def _samples(
+        self, trainer: Trainer, pl_module: LightningModule, study: InterventionStudy, split: str
+    ) -> Iterator[Samples]:
+        for prediction, batch, index in predictions(trainer, pl_module, split, self.fit_batches):
+            yield self._encode(pl_module, study, prediction, batch, index)
+
+    def _class_concepts(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
+        """``[L, K]`` what most training samples of each class have."""
+        if (data := getattr(trainer, "datamodule", None)) is not None and hasattr(data, "annotations"):
+            data.setup("fit")
+            concepts, labels = data.annotations("train")
+        else:
+            rows = [
+                (batch["concepts"], batch["label"])
+                for _, batch, _ in predictions(trainer, pl_module, "train", self.fit_batches)
+            ]
+            concepts, labels = (gather_rows(torch.cat(column)) for column in zip(*rows, strict=True))
+        model = cast(Any, pl_module)
+        return class_majority(concepts.float(), labels, int(model.num_classes), model.concept_set)
+
+    def _add(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, loader: int) -> None:
+        if not self._studies:
+            return
+        module = cast(Any, pl_module)
+        study, positions = self._studies[loader]
+        content = module.read_batch(batch)
+        found = outputs.get("prediction") if isinstance(outputs, Mapping) else None
+        prediction = found if isinstance(found, Prediction) else predict(trainer, module, content)
+        index, first = positions.take(len(prediction.logits))
+        if self.max_samples is not None:
+            first = first & (index < self.max_samples)
+        if first.any():
+            study.add(self._encode(pl_module, study, prediction, content, index, first))
+
+    def _encode(
+        self,
+        pl_module: LightningModule,
+        study: InterventionStudy,
+        prediction: Prediction,
+        batch: Batch,
+        index: Tensor,
+        counted: Tensor | None = None,
+    ) -> Samples:
+        concepts, module = prediction.concepts.map(Tensor.detach), cast(Any, pl_module)
+        logits = prediction.logits.detach()
+        if pl_module.dtype == torch.float32 and torch.float32 != concepts.values.dtype:
+            # mixed precision: scores are taken in single precision, from the head on
+            concepts = concepts.float()
+            logits = module.decide(concepts).logits
+        if self.subgroup_key != "group":
+            batch = {**batch, "group": batch.get(self.subgroup_key)}
+        return study.encode(Prediction(logits, concepts), batch, index, counted)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        studies, self._studies = self._studies, []
+        for i, (study, _) in enumerate(studies):
+            result = study.finish(gather_rows)
+            self.result = result if i == 0 else self.result
+            suffix = f"/dataloader_idx_{i}" if len(studies) > 1 else ""
+            name = f"{stage}/{self.name}"
+            scalars = {f"{name}/{key}{suffix}": value for key, value in result.scalars(self.target).items()}
+            pl_module.log_dict(scalars, sync_dist=True, add_dataloader_idx=False)
+            if trainer.is_global_zero:
+                log_table(trainer, f"{name}/curves{suffix}", result.table())
+                unit = "concept" if self.unit == "concept" else "group"
+                log_figure(trainer, f"{name}/figure{suffix}", draw_curves(result, unit))
+                if trainer.state.fn != "fit" and study.person.reliable:
+                    scores = {p.label: result.accuracies(p.label).mean(0) for p in self.policies if not p.is_oracle}
+                    if message := describe_fall(result.budgets, scores, result.samples, unit):
+                        rank_zero_warn(f"{stage}: {message}", category=LeakageWarning)

@@ -1,0 +1,27 @@
+"""Short names in YAML files."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def find(field: str, name: str, registry: Mapping[str, T]) -> T:
+    """What a short name stands for.
+
+    Args:
+        field: The argument that the name was given for.
+        name: The name.
+        registry: What there is.
+
+    Raises:
+        ValueError: Nothing has that name; the message lists near matches, or all names where none is near.
+    """
+    if name in registry:
+        return registry[name]
+    near = difflib.get_close_matches(name, registry, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {sorted(registry)}."
+    raise ValueError(f"{field}: nothing is called {name!r}; {hint} A class path names one of your own")
