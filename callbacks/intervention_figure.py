@@ -30,7 +30,7 @@ def draw_curves(result: StudyResult, unit: str, title: str | None = None) -> Fig
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.4, 4.2), dpi=150, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     informed, used = 0, list[str]()
     for policy in result.curves:
@@ -72,7 +72,7 @@ def draw_curves(result: StudyResult, unit: str, title: str | None = None) -> Fig
         axes.set_ylim((low + high - SMALLEST_SPAN) / 2, (low + high + SMALLEST_SPAN) / 2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", lw=0.4, alpha=0.6)
-    axes.legend(frameon=False, fontsize=8, loc="best")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=min(len(result.curves), 5))
     if title:
         axes.set_title(title, size=10)
     return figure

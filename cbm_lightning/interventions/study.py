@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 LARGEST_ROLLOUT = 2**25
 """Numbers in the class logits of a block at all budgets: 128 MiB in single precision bound the memory."""
 
+LARGEST_LOOK_AHEAD = 2**18
+"""Numbers in one label distribution of a block: with more than a megabyte, look-ahead leaves the processor's caches."""
+
 
 @dataclass(frozen=True)
 class StudyResult:
@@ -77,9 +80,10 @@ class StudyResult:
 class InterventionStudy:
     """Runs policies on predictions as they come; nothing is encoded twice.
 
-    In single scope samples are kept until a block is full (1,024, fewer where 128 MiB of class logits at all budgets
-    say so), then every policy runs on the block and it is forgotten: memory does not grow with the data. In batch
-    scope, which ranks the split as a whole, all predictions are kept, and only scores travel between processes.
+    In single scope samples are kept until a block is full (1,024, fewer where many classes and budgets would take more
+    than 128 MiB of class logits), then every policy runs on the block and it is forgotten: memory does not grow with
+    the data. In batch scope, which ranks the split as a whole, all predictions are kept, and only scores travel between
+    processes.
 
     Args:
         engine: Decides and predicts.
@@ -130,7 +134,8 @@ class InterventionStudy:
         self.engine, self.person, self.policies = engine, person, list(policies)
         check_labels(self.policies)
         self.budgets = resolve_budgets(budgets, len(engine.units))
-        self.block_size = max(min(block_size, LARGEST_ROLLOUT // (len(self.budgets) * num_classes)), 1)
+        largest = min(LARGEST_ROLLOUT // (len(self.budgets) * num_classes), LARGEST_LOOK_AHEAD // num_classes)
+        self.block_size = max(min(block_size, largest), 1)
         self.curves = {
             policy.label: [
                 InterventionCurve(self.budgets, num_classes, engine.subject.task, average, metric).to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -90,13 +91,29 @@ class Units:
         """The same units on a device."""
         return Units(self.names, self.membership.to(device), self.costs.to(device), self.reduce)
 
+    @cached_property
+    def _owner(self) -> Tensor:
+        """``[K]`` the unit of each concept."""
+        return self.membership.int().argmax(0)
+
+    @cached_property
+    def _members(self) -> Tensor:
+        """``[U, G]`` the concepts of each unit, padded with any; groups cost what they hold, not ``U K``."""
+        largest = int(self.membership.sum(1).max())
+        return self.membership.int().topk(largest, dim=1).indices
+
+    @cached_property
+    def _present(self) -> Tensor:
+        """``[U, G]`` bool, which of them are no padding."""
+        return self.membership.gather(1, self._members)
+
     def expand(self, units: Tensor) -> Tensor:
         """``[..., U]`` bool to the concepts ``[..., K]`` of these units."""
-        return units[..., self.membership.int().argmax(0)]
+        return units[..., self._owner]
 
     def touched(self, concepts: Tensor) -> Tensor:
         """``[..., K]`` bool to the units ``[..., U]`` with at least one of these concepts."""
-        return (concepts.float() @ self.membership.T.float()) > 0
+        return (concepts[..., self._members] & self._present).any(-1)
 
     def scores(self, scores: Tensor, open_concepts: Tensor) -> Tensor:
         """Scores of concepts to scores of units.
@@ -108,8 +125,8 @@ class Units:
         Returns:
             ``[B, U]``, minus infinity where no member is open.
         """
-        member = self.membership & open_concepts.unsqueeze(-2)  # [B, U, K]
-        each = scores.unsqueeze(-2)
+        each = scores[..., self._members]  # [B, U, G], G concepts in the largest group
+        member = open_concepts[..., self._members] & self._present
         if self.reduce == "max":
             return torch.where(member, each, -torch.inf).amax(-1)
         total = torch.where(member, each, 0.0).sum(-1)
