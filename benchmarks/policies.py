@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,9 @@ def report(setting: str, results: list[StudyResult]) -> None:
     print("| policy | area | gain over `rand` | halving |")
     print("| --- | --- | --- | --- |")
     areas = {p: torch.stack([area(r.budgets, r.scores(p)).mean() for r in results]) for p in POLICIES}
-    halves = {p: torch.stack([halving_budget(r.budgets, r.scores(p)).mean() for r in results]) for p in POLICIES}
+    halves = {
+        p: torch.stack([halving_budget(r.budgets, r.scores(p), r.num_units).mean() for r in results]) for p in POLICIES
+    }
     for policy in POLICIES:
         ahead = "" if policy == "rand" else spread(areas[policy] - areas["rand"])
         name = f"`{policy}`" + (" (oracle)" if policy in ORACLES else "")
@@ -108,7 +111,7 @@ def average(results: list[StudyResult]) -> StudyResult:
         policy: {name: torch.stack([r.curves[policy][name] for r in results]).mean(0) for name in first}
         for policy, first in results[0].curves.items()
     }
-    return StudyResult(results[0].budgets, results[0].score_name, curves, results[0].samples)
+    return replace(results[0], curves=curves)
 
 
 def run() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -13,7 +14,8 @@ from torchmetrics import Metric
 
 from cbm_lightning.callbacks.intervention_figure import draw_curves
 from cbm_lightning.callbacks.loggers import log_figure, log_table
-from cbm_lightning.callbacks.passes import Positions, flatten, gather_rows, predict, predictions
+from cbm_lightning.callbacks.passes import Positions, batches, flatten, gather_rows, predict, predictions
+from cbm_lightning.data import ConceptDataModule
 from cbm_lightning.interventions.curve import Average
 from cbm_lightning.interventions.engine import InterventionEngine, Reading, Samples, Scope, Unanswered
 from cbm_lightning.interventions.leakage_check import LeakageWarning, describe_fall
@@ -22,7 +24,7 @@ from cbm_lightning.interventions.policies import Policy
 from cbm_lightning.interventions.study import InterventionStudy, StudyResult, check_labels
 from cbm_lightning.interventions.units import Reduce, Unit, Units
 from cbm_lightning.interventions.values import InterventionValues
-from cbm_lightning.types import Batch, Prediction
+from cbm_lightning.types import Batch, Features, Prediction
 
 Stage = Literal["val", "test"]
 
@@ -52,16 +54,19 @@ class InterventionEvaluation(Callback):
         competence: See `Person`.
         unanswered: See `InterventionEngine`.
         reading: See `InterventionEngine`.
-        costs: Of every unit, or by unit name (1 where none is given).
+        costs: Of every unit, or by unit name (1 where none is given). Logged with the curves; CooP minds them if its
+            ``cost_weight`` says so.
         num_seeds: Trials of policies that draw; the figure shows their spread.
         average: Label accuracy over samples (``"micro"``) or over classes (``"macro"``, balanced).
         task_metric: Any torchmetrics metric of the label instead of accuracy.
         target: A score; ``POLICY/target_budget`` is the smallest budget that reaches it.
         subgroup_key: Batch entry ``[B]`` of group numbers for the worst-group curve, where batches have it.
         max_samples: Only the first samples of the split.
-        every_n_epochs: Run in every n-th validation of a fit.
-        fit_batches: Batches of the training or validation split that policies and values learn from; all by default.
+        every_n_epochs: Run in every n-th validation of a fit; a ModelCheckpoint that monitors a scalar needs the same.
+        fit_batches: Batches that policies and values learn from (of each process, where a loader shares samples among
+            them); all by default.
         block_size: Samples the policies run on at a time.
+        num_draws: Draws a sample for ``reading="sample"``.
         seed: Seed of all draws.
         name: Stands in the log keys, so that several evaluations can work in one Trainer.
 
@@ -99,6 +104,7 @@ class InterventionEvaluation(Callback):
         every_n_epochs: int = 1,
         fit_batches: int | None = None,
         block_size: int = 1024,
+        num_draws: int = 5,
         seed: int = 0,
         name: str = "intervention",
     ) -> None:
@@ -124,7 +130,13 @@ class InterventionEvaluation(Callback):
         self.unit, self.group_reduce, self.costs = unit, group_reduce, costs
         self.every_n_epochs, self.max_samples, self.fit_batches = every_n_epochs, max_samples, fit_batches
         self.subgroup_key, self.target = subgroup_key, target
-        self._engine_options = {"scope": scope, "reading": reading, "unanswered": unanswered, "seed": seed}
+        self._engine_options = {
+            "scope": scope,
+            "reading": reading,
+            "unanswered": unanswered,
+            "num_draws": num_draws,
+            "seed": seed,
+        }
         self._person_options = {"label_level": label_level, "on_invisible": on_invisible, "competence": competence}
         self._study_options = {
             "budgets": budgets,
@@ -136,6 +148,8 @@ class InterventionEvaluation(Callback):
         self.result: StudyResult | None = None
         self._studies: list[tuple[InterventionStudy, Positions]] = []
         self._restored = False
+        self._fitted_at: int | None = None
+        self._checkpoint_step: int | None = None
 
     @property
     def state_key(self) -> str:
@@ -144,13 +158,18 @@ class InterventionEvaluation(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What the value strategy learned, so that a test of the checkpoint need not predict the training split."""
-        return {"values": self.values.state_dict(), "spec": self.values.spec()}
+        return {"values": self.values.state_dict(), "spec": self.values.spec(), "global_step": self._fitted_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what the value strategy learned, unless another one is used now."""
-        if state_dict["values"] and state_dict["spec"] == self.values.spec():
+        """Restore what the value strategy learned, unless another one is used now or the weights have trained since."""
+        current = state_dict["global_step"] == self._checkpoint_step
+        if state_dict["values"] and current and state_dict["spec"] == self.values.spec():
             self.values.load_state_dict(state_dict["values"])
             self._restored = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note how far the weights have trained."""
+        self._checkpoint_step = checkpoint.get("global_step")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check every option against the model, and the name against other evaluations, before anything runs."""
@@ -168,8 +187,11 @@ class InterventionEvaluation(Callback):
         if missing := [name for name in ("concept_set", "num_classes", "read_batch") if not hasattr(model, name)]:
             raise TypeError(
                 f"InterventionEvaluation needs a module whose concepts can be corrected, {type(model).__name__} has no "
-                f"{missing}: use CBMModule, or give it the members of `interventions.Intervenable`"
+                f"{missing}: use CBMModule, or give it num_classes, read_batch, a forward(batch) that returns a "
+                "Prediction, and the members of `interventions.Intervenable`"
             )
+        if self._person_options["label_level"] == "class" and getattr(model, "task", None) == "multilabel":
+            raise ValueError("label_level: 'class' needs one class a sample, the labels of this model are several")
         concepts = model.concept_set
         units = Units.make(concepts, self.unit, self.group_reduce, self.costs).to(pl_module.device)
         for policy in self.policies:
@@ -192,6 +214,8 @@ class InterventionEvaluation(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin, if validation is wanted and this epoch's turn."""
         due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+        # labels mean nothing in a phase in which only concepts train
+        due = due and bool(getattr(pl_module, "label_matters", True))
         self._studies = []
         if "val" in self.stages and due and not trainer.sanity_checking:
             self._begin(trainer, pl_module, trainer.val_dataloaders)
@@ -255,22 +279,32 @@ class InterventionEvaluation(Callback):
         for split in ("train", "val"):
             if split in wanted:
                 study.fit(split, list(self._samples(trainer, pl_module, study, split)), gather_rows)
+        if "train" in wanted:
+            self._fitted_at = trainer.global_step
 
     def _samples(
         self, trainer: Trainer, pl_module: LightningModule, study: InterventionStudy, split: str
     ) -> Iterator[Samples]:
+        lean = all(policy.fits_on != split for policy in self.policies)
         for prediction, batch, index in predictions(trainer, pl_module, split, self.fit_batches):
-            yield self._encode(pl_module, study, prediction, batch, index)
+            samples = self._encode(pl_module, study, prediction, batch, index)
+            if lean:
+                # values learn from logits alone, and tokens of a whole split would fill the memory
+                logits, concepts = samples.prediction
+                slim = concepts.replace(features=Features(logits[:, :0]), maps=None, extras={})
+                samples = replace(samples, prediction=Prediction(logits, slim))
+            yield samples
 
     def _class_concepts(self, trainer: Trainer, pl_module: LightningModule) -> Tensor:
         """``[L, K]`` what most training samples of each class have."""
-        if (data := getattr(trainer, "datamodule", None)) is not None and hasattr(data, "annotations"):
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, ConceptDataModule):
             data.setup("fit")
             concepts, labels = data.annotations("train")
         else:
             rows = [
                 (batch["concepts"], batch["label"])
-                for _, batch, _ in predictions(trainer, pl_module, "train", self.fit_batches)
+                for batch, _ in batches(trainer, pl_module, "train", self.fit_batches)
             ]
             concepts, labels = (gather_rows(torch.cat(column)) for column in zip(*rows, strict=True))
         model = cast(Any, pl_module)
@@ -301,12 +335,15 @@ class InterventionEvaluation(Callback):
     ) -> Samples:
         concepts, module = prediction.concepts.map(Tensor.detach), cast(Any, pl_module)
         logits = prediction.logits.detach()
-        if pl_module.dtype == torch.float32 and torch.float32 != concepts.values.dtype:
+        half = (torch.float16, torch.bfloat16)
+        if pl_module.dtype == torch.float32 and any(x.dtype in half for x in [logits, *concepts.tensors()]):
             # mixed precision: scores are taken in single precision, from the head on
             concepts = concepts.float()
             logits = module.decide(concepts).logits
         if self.subgroup_key != "group":
-            batch = {**batch, "group": batch.get(self.subgroup_key)}
+            if self.subgroup_key not in batch:
+                raise ValueError(f"subgroup_key: the batch has no {self.subgroup_key!r}, only {sorted(batch)}")
+            batch = {**batch, "group": batch[self.subgroup_key]}
         return study.encode(Prediction(logits, concepts), batch, index, counted)
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -38,7 +38,8 @@ def draw_curves(result: StudyResult, unit: str, title: str | None = None) -> Fig
         if len(trials) > 1 and RANDOM not in used:
             colour, style, marker = RANDOM, "--", ""
         else:
-            style = "--" if len(trials) > 1 else "-"
+            # a ninth policy has the first one's colour, in another style
+            style = "--" if len(trials) > 1 else "-" if informed < len(COLOURS) else "-."
             colour, marker = COLOURS[informed % len(COLOURS)], MARKERS[informed % len(MARKERS)]
             informed += 1
         used.append(colour)

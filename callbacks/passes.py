@@ -53,29 +53,48 @@ def predictions(
         trainer: It, its datamodule or its module has the split.
         pl_module: Predicts, see `Predicts`.
         split: ``"train"`` (with its augmentation) or ``"val"``.
-        limit: Batches of a process at most; all by default.
+        limit: Batches of the loader at most; all by default.
 
     Yields:
-        The batches of this process.
+        The samples of this process, batch by batch.
     """
     module = cast(Predicts, pl_module)
-    with isolate_rng(), evaluating(pl_module), torch.no_grad():
+    with evaluating(pl_module):
+        for batch, position in batches(trainer, pl_module, split, limit):
+            yield Predicted(predict(trainer, module, batch), batch, position)
+
+
+def batches(
+    trainer: Trainer, pl_module: LightningModule, split: str, limit: int | None = None
+) -> Iterator[tuple[Batch, Tensor]]:
+    """Read a split once, without predicting. Arguments as in `predictions`.
+
+    Yields:
+        Batches on the device, of the samples of this process, and their positions ``[B]`` in the split.
+    """
+    module = cast(Predicts, pl_module)
+    with isolate_rng(), torch.no_grad():
         loader, shared = loader_of(trainer, pl_module, split)
-        # a loader that knows nothing of processes gives each of them everything
-        world, rank = (trainer.world_size, trainer.global_rank) if shared else (1, 0)
-        positions = Positions(loader, world, rank)
-        done = 0
+        world, rank = trainer.world_size, trainer.global_rank
+        positions = Positions(loader, world if shared else 1, rank if shared else 0)
         for i, batch in enumerate(loader):
-            mine = shared or i % trainer.world_size == trainer.global_rank
-            if limit is not None and done >= limit:
+            if limit is not None and i >= limit:
                 return
-            moved = trainer.strategy.batch_to_device(batch, dataloader_idx=0) if mine else batch
-            content = module.read_batch(moved)
-            size = len(content["label"]) if "label" in content else len(next(iter(content.values())))
-            index, _ = positions.take(size)
-            if mine:
-                done += 1
-                yield Predicted(predict(trainer, module, content), content, index)
+            converted = trainer.precision_plugin.convert_input(batch)
+            content = module.read_batch(trainer.strategy.batch_to_device(converted, dataloader_idx=0))
+            size = next(len(value) for value in content.values() if isinstance(value, Tensor))
+            position, _ = positions.take(size)
+            if not shared and world > 1:
+                # a loader that knows nothing of processes gives each of them everything
+                rows = slice(rank, None, world)
+                content = {name: rows_of(value, size, rows) for name, value in content.items()}
+                position = position[rows]
+            yield content, position
+
+
+def rows_of(value: Any, size: int, rows: slice) -> Any:
+    """Some rows of what a batch of ``size`` samples holds; other things stay as they are."""
+    return value[rows] if isinstance(value, Tensor) and value.ndim and len(value) == size else value
 
 
 def predict(trainer: Trainer, module: Predicts, batch: Batch) -> Prediction:
@@ -113,8 +132,9 @@ def loader_of(trainer: Trainer, pl_module: LightningModule, split: str) -> tuple
     hook = f"{split}_dataloader"
     for source in (data, pl_module):
         if source is not None and is_overridden(hook, source):
-            if not fitting:
-                source.setup("fit")
+            if not fitting and source is data:
+                # never the module, whose setup may build or initialise what is being tested
+                data.setup("fit")
             return in_order(flatten(getattr(source, hook)())[0])
     raise ValueError(
         f"the {split} split is needed and there is no datamodule with a {hook}: pass the datamodule to the Trainer, or "
@@ -146,6 +166,9 @@ def in_order(loader: Any) -> tuple[Iterable[Any], bool]:
         sampler=rows,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
         generator=torch.Generator().manual_seed(0),
     )
     return made, distributed and not own

@@ -112,8 +112,14 @@ class ConceptOutput:
         own = None if self.label_logits is None else self.label_logits.detach()
         return replace(self, features=features, values=self.values.detach(), label_logits=own)
 
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, those of the features and extras included, without a ``distribution``'s."""
+        held = [getattr(self.features, f.name) for f in fields(Features)]
+        held += [getattr(self, f.name) for f in fields(self)] + list(self.extras.values())
+        return [x for x in held if isinstance(x, Tensor)]
+
     def map(self, change: Callable[[Tensor], Tensor]) -> ConceptOutput:
-        """A copy with every tensor changed, those of the features included."""
+        """A copy with every tensor changed, those of the features included; a ``distribution`` stays as it is."""
 
         def changed(x: Any) -> Any:
             return change(x) if isinstance(x, Tensor) else x
@@ -134,6 +140,11 @@ class ConceptOutput:
         batch = len(self.logits)
         extras = all(isinstance(x, Tensor) and x.ndim > 0 and len(x) == batch for x in self.extras.values())
         return self.distribution is None and extras
+
+    def fits(self, other: ConceptOutput) -> bool:
+        """Whether `cat` can join the two: both can be joined, and tokens, say, are as many."""
+        mine, theirs = ([(x.shape[1 + self.sample_dim :], x.dtype) for x in o.tensors()] for o in (self, other))
+        return self.can_join and other.can_join and mine == theirs
 
     @classmethod
     def cat(cls, outputs: Sequence[ConceptOutput]) -> ConceptOutput:

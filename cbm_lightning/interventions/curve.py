@@ -69,6 +69,13 @@ class InterventionCurve(Metric):
         super().__init__(**kwargs)
         if average not in ("micro", "macro"):
             raise ValueError(f"average: expected 'micro' or 'macro', got {average!r}")
+        if metric is not None and average != "micro":
+            raise ValueError("average: has no effect beside task_metric; give one or the other")
+        if metric is not None and metric.higher_is_better is False:
+            raise ValueError(
+                f"task_metric: of {type(metric).__name__} less is better, which area, gain and budgets would read "
+                "upside down; give a metric of which more is better"
+            )
         self.budgets = list(budgets)
         self.task: Task = task
         self.average = average
@@ -104,12 +111,13 @@ class InterventionCurve(Metric):
         truth = label_outcomes(label, self.task)  # [B, M]
         right = log_probs.argmax(-1) == truth
         # several labels are counted by label, one label by its class
-        place = (
-            torch.arange(truth.shape[1], device=truth.device).expand_as(truth) if self.task == "multilabel" else truth
-        )
-        kind = torch.nn.functional.one_hot(place, len(self.count))
-        self.count += kind.sum((0, 1))
-        self.right += torch.einsum("rbm,bmc->rc", right.float(), kind.float()).round().long()
+        if self.task == "multilabel":
+            self.count += len(label)
+            self.right += right.sum(1)
+        else:
+            kind = torch.nn.functional.one_hot(truth[:, 0], len(self.count))
+            self.count += kind.sum(0)
+            self.right += (right[..., 0].float() @ kind.float()).round().long()
         surprise = -log_probs.gather(-1, truth.expand(len(right), *truth.shape).unsqueeze(-1))[..., 0]
         self.sums += torch.stack(
             [surprise.mean(-1).sum(-1), rollout.corrected.float().sum(-1), rollout.cost.float().sum(-1)]
@@ -143,7 +151,13 @@ class InterventionCurve(Metric):
 
     def _score(self) -> Tensor:
         if self.metrics is not None:
-            return torch.stack([metric.compute() for metric in self.metrics])  # type: ignore[operator]
+            found = [metric.compute() for metric in self.metrics]  # type: ignore[operator]
+            if found[0].ndim:
+                raise ValueError(
+                    f"task_metric: {self.score_name} gives {list(found[0].shape)} numbers, a curve needs one a budget; "
+                    "choose an average"
+                )
+            return torch.stack(found)
         present = self.count > 0
         return (self.right[:, present] / self.count[present]).mean(-1)
 

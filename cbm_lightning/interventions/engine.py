@@ -56,6 +56,8 @@ class Samples:
     def cat(cls, parts: Sequence[Samples]) -> Samples:
         """Several as one, if `ConceptOutput.can_join` says so."""
         groups = [part.group for part in parts if part.group is not None]
+        if groups and len(groups) < len(parts):
+            raise ValueError("group: some batches have it, some do not; give it to all, or name another subgroup_key")
         return cls(
             Prediction(
                 torch.cat([part.prediction.logits for part in parts]),

@@ -23,7 +23,7 @@ class Answers:
 
     Attributes:
         told: ``[B, K]``, what they say; read only where ``answerable``.
-        truth: ``[B, K]``, what is true, for policies that may look; NaN where unknown.
+        truth: ``[B, K]``, what is annotated; NaN where unknown.
         answerable: ``[B, K]`` bool, where they can say something.
     """
 
@@ -87,19 +87,19 @@ class Person:
             certainty: ``[B, K]`` in [0, 1], 0 where a concept is not visible; None if all are.
             randomness: Streams of these samples.
         """
-        truth = concepts
+        truth = told = concepts
         if self.label_level == "class":
             if self.class_concepts is None or label is None:
                 raise RuntimeError("label_level 'class' needs the concepts of each class; set class_concepts first")
-            truth = self.class_concepts.to(concepts)[label.long()]
-        answerable = ~truth.isnan()
+            told = self.class_concepts.to(concepts)[label.long()]
+        answerable = ~told.isnan()
         if certainty is not None and self.on_invisible != "use_label":
             invisible = certainty == 0
             if self.on_invisible == "zero":
-                truth = truth.masked_fill(invisible & answerable, 0.0)
+                told = told.masked_fill(invisible & answerable, 0.0)
             else:
                 answerable = answerable & ~invisible
-        told = truth if self._competent else self._misled(truth, randomness)
+        told = told if self._competent else self._misled(told, randomness)
         return Answers(told, truth, answerable)
 
     def _misled(self, truth: Tensor, randomness: Randomness) -> Tensor:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cbm_lightning.interventions.policies.base import Gather
 from cbm_lightning.interventions.state import State
 
 NEVER = torch.iinfo(torch.long).max
 """The budget at which a unit is asked about that cannot be."""
-
-Gather = Callable[[Tensor], Tensor]
 
 
 def ranks(scores: Tensor) -> Tensor:

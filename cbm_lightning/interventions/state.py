@@ -158,13 +158,11 @@ class State:
         if effects is None:
             return None
         logits, shifts = self.prediction.logits.float(), [self._shift(effects, answer) for answer in answers]
-        shared = torch.einsum("km,lkm->kl", effects.directions[0], effects.weight).float()
+        same = len(effects.directions) == 1
 
         def branch(k: int, rows: Rows) -> list[Tensor]:
-            if len(effects.directions) == 1:
-                slope = shared[k : k + 1]
-            else:
-                slope = (effects.directions[rows, k] @ effects.weight[:, k].T).float()
+            directions = effects.directions[:, k] if same else effects.directions[rows, k]
+            slope = (directions @ effects.weight[:, k].T).float()
             now = logits[rows]
             return [torch.addcmul(now, shift[rows, k, None], slope) for shift in shifts]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from cbm_lightning.interventions.person import Person
 from cbm_lightning.interventions.policies import Policy
 from cbm_lightning.interventions.policies.base import Gather
 from cbm_lightning.interventions.summaries import area, summarize
+from cbm_lightning.interventions.values import listed
 from cbm_lightning.randomness import Randomness
 from cbm_lightning.types import Batch, Prediction
 
@@ -35,12 +37,14 @@ class StudyResult:
 
     Attributes:
         budgets: The ``R`` budgets, in units.
+        num_units: How many units there are.
         score_name: Name of the score among the curves.
         curves: Policy to curve name to ``[trials, R]``, see `InterventionCurve`.
         samples: How many samples were counted.
     """
 
     budgets: list[int]
+    num_units: int
     score_name: str
     curves: dict[str, dict[str, Tensor]]
     samples: int
@@ -57,7 +61,7 @@ class StudyResult:
         """``POLICY/auc`` and the other summaries, see `summaries.summarize`; those without a value are left out."""
         found: dict[str, float] = {}
         for policy, curves in self.curves.items():
-            summaries = summarize(self.budgets, curves[self.score_name], curves["loss"], target)
+            summaries = summarize(self.budgets, self.num_units, curves[self.score_name], curves["loss"], target)
             if "worst_group" in curves:
                 summaries["worst_group_auc"] = area(self.budgets, curves["worst_group"]).mean()
             found |= {f"{policy}/{name}": float(value) for name, value in summaries.items() if not value.isnan()}
@@ -81,9 +85,9 @@ class InterventionStudy:
     """Runs policies on predictions as they come; nothing is encoded twice.
 
     In single scope samples are kept until a block is full (1,024, fewer where many classes and budgets would take more
-    than 128 MiB of class logits), then every policy runs on the block and it is forgotten: memory does not grow with
-    the data. In batch scope, which ranks the split as a whole, all predictions are kept, and only scores travel between
-    processes.
+    than 128 MiB of class logits; a batch beyond that stays whole), then every policy runs on the block and it is
+    forgotten: memory does not grow with the data, but for a number a sample and budget where samples have groups. In
+    batch scope, which ranks the split as a whole, all predictions are kept, and only scores travel between processes.
 
     Args:
         engine: Decides and predicts.
@@ -145,7 +149,7 @@ class InterventionStudy:
         }
         self._num_outputs = 1 if engine.subject.task == "binary" else num_classes
         self._waiting: list[Samples] = []
-        self._answerable = torch.zeros((), dtype=torch.long)
+        self._answerable = torch.zeros(len(engine.subject.concepts), dtype=torch.long)
         self._checked = False
 
     def encode(self, prediction: Prediction, batch: Batch, index: Tensor, counted: Tensor | None = None) -> Samples:
@@ -184,19 +188,25 @@ class InterventionStudy:
             logits = torch.cat([block.prediction.concepts.logits.float()[block.counted] for block in samples])
             truth = torch.cat([block.answers.truth[block.counted] for block in samples])
             self.engine.values.fit(gather(logits), gather(truth))
-        for policy in self.policies:
-            if policy.fits_on == split:
-                policy.fit([self.engine.start(block) for block in join(samples, self.block_size)], gather)
+        wanting = [policy for policy in self.policies if policy.fits_on == split]
+        if wanting:
+            blocks = join(samples, self.block_size)
+            self._check(blocks[0])
+            for policy in wanting:
+                policy.fit([self.engine.start(block) for block in blocks], gather)
 
     def add(self, samples: Samples) -> None:
         """Take the predictions of a batch; runs the policies whenever a block is full."""
+        self._check(samples)
+        self._waiting.append(samples)
+        self._answerable = self._answerable + samples.answers.answerable[samples.counted].sum(0).cpu()
+        if self.engine.scope == "single" and sum(map(len, self._waiting)) >= self.block_size:
+            self._run(gather=None)
+
+    def _check(self, samples: Samples) -> None:
         if not self._checked:
             self.engine.check(samples)
             self._checked = True
-        self._waiting.append(samples)
-        self._answerable = self._answerable + samples.answers.answerable[samples.counted].sum()
-        if self.engine.scope == "single" and sum(map(len, self._waiting)) >= self.block_size:
-            self._run(gather=None)
 
     def finish(self, gather: Gather | None = None) -> StudyResult:
         """Run what is left, and compute the curves; a collective call when there are several processes."""
@@ -208,14 +218,21 @@ class InterventionStudy:
             computed = [curve.compute() for curve in trials]
             curves[policy] = {name: torch.stack([trial[name] for trial in computed]) for name in computed[0]}
         first = next(iter(self.curves.values()))[0]
-        seen = torch.stack([first.samples, self._answerable.to(first.samples)]).unsqueeze(0)
-        total, answerable = (seen if gather is None else gather(seen)).sum(0).tolist()
-        if total and not answerable:
+        seen = torch.cat([first.samples.view(1), self._answerable.to(first.samples)]).unsqueeze(0)
+        total, *answerable = (seen if gather is None else gather(seen)).sum(0).tolist()
+        silent = [name for name, n in zip(self.engine.subject.concepts, answerable, strict=True) if n == 0]
+        if total and len(silent) == len(answerable):
             raise ValueError(
                 f"concepts: none of {total} samples has an annotated, visible concept that a person could correct. "
                 "Intervention curves need annotated concepts"
             )
-        return StudyResult(self.budgets, first.score_name, curves, int(total))
+        if total and silent:
+            warnings.warn(
+                f"{len(silent)} concepts are annotated (or visible) in none of {total} samples and never corrected: "
+                f"{listed(silent)}",
+                stacklevel=2,
+            )
+        return StudyResult(self.budgets, len(self.engine.units), first.score_name, curves, int(total))
 
     def _take_part(self) -> None:
         """Let curves that saw no sample synchronise like those of other processes."""
@@ -244,12 +261,11 @@ def join(parts: Sequence[Samples], size: int) -> list[Samples]:
     blocks: list[list[Samples]] = []
     for part in parts:
         last = blocks[-1] if blocks else None
-        alone = not part.prediction.concepts.can_join
-        full = last is None or not last[-1].prediction.concepts.can_join or sum(map(len, last)) >= size
-        if alone or full or last is None:
-            blocks.append([part])
-        else:
+        fits = last is not None and last[-1].prediction.concepts.fits(part.prediction.concepts)
+        if last is not None and fits and sum(map(len, last)) < size:
             last.append(part)
+        else:
+            blocks.append([part])
     return [Samples.cat(block) for block in blocks]
 
 

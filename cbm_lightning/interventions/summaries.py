@@ -28,7 +28,7 @@ def gain(budgets: Sequence[float], scores: Tensor) -> Tensor:
 
 def monotonicity(scores: Tensor) -> Tensor:
     """Share of steps, in [0, 1], in which ``[..., R]`` scores do not fall; NaN of a single budget."""
-    return (scores.diff(dim=-1) >= 0).double().mean(-1).to(scores)
+    return (scores.diff(dim=-1) >= 0).to(scores).mean(-1)
 
 
 def budget_to_reach(budgets: Sequence[float], scores: Tensor, target: float | Tensor) -> Tensor:
@@ -43,30 +43,38 @@ def budget_to_reach(budgets: Sequence[float], scores: Tensor, target: float | Te
     return torch.where(reached.any(-1), first, torch.nan)
 
 
-def halving_budget(budgets: Sequence[float], scores: Tensor) -> Tensor:
-    """The smallest budget that halves the excess error over all concepts corrected; NaN if corrections do not help."""
+def halving_budget(budgets: Sequence[float], scores: Tensor, units: int) -> Tensor:
+    """The smallest budget that halves the excess error over all ``units`` corrected.
+
+    NaN if corrections do not help, or if the budgets do not end with all units.
+    """
     start, end = scores[..., 0], scores[..., -1]
     # a float's width below the middle: a curve may pass it exactly
     half = budget_to_reach(budgets, scores, (start + end) / 2 - torch.finfo(scores.dtype).eps)
-    return torch.where(end > start, half, torch.nan)
+    return torch.where((end > start) & (budgets[-1] == units), half, torch.nan)
 
 
-def intervenability(budgets: Sequence[float], losses: Tensor) -> Tensor:
-    """How much correcting half of the units lowers the label loss ``[..., R]`` (Laguna et al., NeurIPS 2024).
+def intervenability(budgets: Sequence[float], losses: Tensor, units: int) -> Tensor:
+    """How much correcting half of the ``units`` lowers the label loss ``[..., R]`` (Laguna et al., NeurIPS 2024).
 
     Under random corrections this is their measure with a mask over a random half of the units. The budget nearest one
-    half is taken.
+    half is taken; NaN if none lies within one unit of it.
     """
     x = losses.new_tensor(list(budgets))
-    middle = int((x - x[-1] / 2).abs().argmin())
-    return losses[..., 0] - losses[..., middle]
+    distance = (x - units / 2).abs()
+    middle = int(distance.argmin())
+    gained = losses[..., 0] - losses[..., middle]
+    return gained if distance[middle] < 1 else torch.full_like(gained, torch.nan)
 
 
-def summarize(budgets: Sequence[int], scores: Tensor, losses: Tensor, target: float | None = None) -> dict[str, Tensor]:
+def summarize(
+    budgets: Sequence[int], units: int, scores: Tensor, losses: Tensor, target: float | None = None
+) -> dict[str, Tensor]:
     """The summaries of one policy by name, averaged over its trials; NaN where a trial has none.
 
     Args:
         budgets: The ``R`` budgets.
+        units: How many units there are.
         scores: ``[trials, R]``.
         losses: ``[trials, R]`` mean label losses.
         target: A score for ``target_budget``, the smallest budget that reaches it.
@@ -77,6 +85,6 @@ def summarize(budgets: Sequence[int], scores: Tensor, losses: Tensor, target: fl
         "gain": gain(budgets, scores).mean(),
         "final": scores[:, -1].mean(),
         "monotonicity": monotonicity(scores).mean(),
-        "halving_budget": halving_budget(budgets, scores).mean(),
-        "intervenability": intervenability(budgets, losses).mean(),
+        "halving_budget": halving_budget(budgets, scores, units).mean(),
+        "intervenability": intervenability(budgets, losses, units).mean(),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.configurable import Configurable
-from cbm_lightning.interventions.registry import find
+from cbm_lightning.interventions.registry import find, register
 from cbm_lightning.types import ConceptOutput, Intervention
 
 
@@ -21,7 +21,7 @@ class CollapseWarning(UserWarning):
     """Correcting a concept changes nothing, because "absent" and "present" stand for the same value."""
 
 
-class InterventionValues(Configurable):
+class InterventionValues(Configurable, ABC):
     """Turns what a person says, 0 or 1 or between, into what a bottleneck is told.
 
     Subclass it for a strategy of your own, with a ``name`` for YAML files.
@@ -41,8 +41,8 @@ class InterventionValues(Configurable):
     def __init_subclass__(cls, **kwargs: object) -> None:
         """Make the short name known."""
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            InterventionValues.registry[cls.name] = cls
+        if "name" in vars(cls):
+            register(cls.name, cls, InterventionValues.registry)
 
     @classmethod
     def make(cls, source: str | InterventionValues) -> InterventionValues:
@@ -128,7 +128,7 @@ class LogitValues(InterventionValues):
             warnings.warn(
                 f"the {self.name} values for 'absent' lie above those for 'present' for {len(upside_down)} concepts, "
                 f"{listed(upside_down)}: the model predicts them upside down, and correcting them moves its input the "
-                "wrong way. Check their annotations, or choose values='binary'",
+                "wrong way. Check their annotations, or choose values='constant'",
                 CollapseWarning,
                 stacklevel=2,
             )
@@ -276,7 +276,13 @@ def conditional_percentile(
     count = chosen.sum(0)
     ascending = predictions.masked_fill(~chosen, torch.inf).sort(0).values
     # in double precision, like the official int(n * q)
-    place = (count.double() * quantile).long().clamp(max=len(predictions) - 1).minimum((count - 1).clamp(min=0))
+    place = (
+        (count.cpu().double() * quantile)
+        .long()
+        .to(count.device)
+        .clamp(max=len(predictions) - 1)
+        .minimum((count - 1).clamp(min=0))
+    )
     found = ascending.gather(0, place.unsqueeze(0))[0]
     return torch.where(count > 0, found, fallback)
 
@@ -290,7 +296,7 @@ def warn_of_collapse(names: Sequence[str], owner: str) -> None:
     """Warn that correcting concepts changes nothing."""
     warnings.warn(
         f"{owner} for 'absent' and 'present' meet for {len(names)} concepts, {listed(names)}: correcting them changes "
-        "nothing. The model predicts the same score for every training sample; retrain it, or choose values='binary'",
+        "nothing. The model predicts the same score for every training sample; retrain it, or choose values='constant'",
         CollapseWarning,
         stacklevel=2,
     )

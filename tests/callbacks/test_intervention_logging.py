@@ -49,7 +49,7 @@ def evaluate(**trainer: Any) -> InterventionEvaluation:
 
 
 def check_picture(pixels: np.ndarray) -> None:
-    assert pixels.shape == (630, 960, 3)
+    assert pixels.shape == (660, 960, 3)
     # the lines of RAND and UCP, on white
     colours, counts = np.unique(pixels.reshape(-1, 3), axis=0, return_counts=True)
     found = {tuple(colour) for colour, count in zip(colours.tolist(), counts, strict=True) if count > 200}
@@ -82,7 +82,7 @@ def test_tensorboard_gets_scalars_a_table_and_a_picture(tmp_path: Path) -> None:
     events = event_accumulator.EventAccumulator(logger.log_dir).Reload()
     assert {"test/intervention/rand/auc", "test/intervention/ucp/final"} <= set(events.Tags()["scalars"])
     [image] = events.Images(FIGURE)
-    assert (image.width, image.height) == (960, 630)
+    assert (image.width, image.height) == (960, 660)
     text = events.Tensors(f"{CURVES}/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text.splitlines()[0].startswith("| policy | seed | budget | label_acc | loss |")
     assert len(text.splitlines()) == 2 + 20
@@ -113,7 +113,7 @@ def test_wandb_offline_gets_scalars_a_table_and_a_picture(tmp_path: Path, monkey
 def test_the_picture_shows_a_line_a_policy_and_the_spread_of_trials() -> None:
     trials = torch.tensor([[0.5, 0.6, 0.7], [0.5, 0.4, 0.9]])
     curves = {"rand": {"label_acc": trials}, "ucp": {"label_acc": torch.tensor([[0.5, 0.8, 0.8]])}}
-    [axes] = draw_curves(StudyResult([0, 1, 4], "label_acc", curves, 10), "group", "title").axes
+    [axes] = draw_curves(StudyResult([0, 1, 4], 4, "label_acc", curves, 10), "group", "title").axes
     lines = {line.get_label(): line for line in axes.lines}
     np.testing.assert_allclose(lines["rand (2 seeds)"].get_xydata(), [[0, 0.5], [1, 0.5], [4, 0.8]], rtol=1e-6)
     np.testing.assert_allclose(lines["ucp"].get_ydata(), [0.5, 0.8, 0.8], rtol=1e-6)

@@ -205,42 +205,44 @@ def test_summaries_by_hand_with_uneven_budgets() -> None:
     assert reached[1].isnan()
     assert budget_to_reach(budgets, scores, 0.5).tolist() == [0, 0]
     # the middles are .7 and .55
-    assert halving_budget(budgets, scores).tolist() == [1, 4]
+    assert halving_budget(budgets, scores, 4).tolist() == [1, 4]
+    # the end of these budgets is not that of a head on true concepts
+    assert halving_budget(budgets, scores, 5).isnan().all()
 
 
 def test_a_budget_that_halves_nothing_is_none() -> None:
-    assert halving_budget([0, 1, 2], torch.tensor([0.9, 0.95, 0.9])).isnan()
-    assert halving_budget([0, 1, 2], torch.tensor([0.9, 0.95, 0.8])).isnan()
+    assert halving_budget([0, 1, 2], torch.tensor([0.9, 0.95, 0.9]), 2).isnan()
+    assert halving_budget([0, 1, 2], torch.tensor([0.9, 0.95, 0.8]), 2).isnan()
 
 
 def test_half_the_units_is_the_nearest_budget() -> None:
     losses = torch.tensor([2.0, 1.5, 1.0, 0.5])
-    assert intervenability([0, 1, 3, 6], losses) == 1.0
-    assert intervenability([0, 1, 4, 6], losses) == 1.0
-    assert intervenability([0, 2, 5, 6], losses) == 0.5
+    assert intervenability([0, 1, 3, 6], losses, 6) == 1.0
     # of two as near the smaller one
-    assert intervenability([0, 1, 5, 6], losses) == 0.5
+    assert intervenability([0, 2, 3, 5], losses, 5) == 0.5
+    # no budget is half of all units, though one is half of the largest budget
+    assert intervenability([0, 1, 2, 3], losses, 10).isnan()
 
 
 def test_one_budget_alone() -> None:
     scores = torch.tensor([[0.5]])
-    found = summarize([0], scores, scores)
+    found = summarize([0], 3, scores, scores)
     assert found["auc"] == found["final"] == 0.5
     assert found["gain"] == 0
     assert found["monotonicity"].isnan()
     assert found["halving_budget"].isnan()
-    assert found["intervenability"] == 0
+    assert found["intervenability"].isnan()
 
 
 def test_summaries_are_means_over_trials() -> None:
     budgets, losses = [0, 2], torch.tensor([[1.0, 0.5], [1.0, 0.1]])
-    found = summarize(budgets, torch.tensor([[0.5, 0.7], [0.5, 0.9]]), losses, target=0.7)
+    found = summarize(budgets, 2, torch.tensor([[0.5, 0.7], [0.5, 0.9]]), losses, target=0.7)
     expected = {"auc": 0.65, "gain": 0.15, "final": 0.8, "monotonicity": 1.0, "halving_budget": 2.0}
     assert {name: pytest.approx(float(found[name])) for name in expected} == expected
     assert found["target_budget"] == 2
-    # 0 and 2 are as near to half of the units
-    assert found["intervenability"] == 0
-    assert "target_budget" not in summarize(budgets, losses, losses)
+    # neither 0 nor 2 is half of the units
+    assert found["intervenability"].isnan()
+    assert "target_budget" not in summarize(budgets, 2, losses, losses)
 
 
 # ---------------------------------------------------------------- falls

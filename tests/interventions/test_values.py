@@ -333,7 +333,7 @@ def test_a_dead_concept_is_named(values: InterventionValues) -> None:
     logits[:, 3] = -1.5
     values.build(ConceptSet.make(8))
     with pytest.warns(
-        CollapseWarning, match=f"the {values.name} values .* 1 concepts, 'concept_3': .*choose values='binary'"
+        CollapseWarning, match=f"the {values.name} values .* 1 concepts, 'concept_3': .*choose values='constant'"
     ):
         values.fit(logits, concepts)
     logits[:, 1:] = 0.5

@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from cbm_lightning.configurable import Configurable
-from cbm_lightning.interventions.registry import find
+from cbm_lightning.interventions.registry import find, register
 from cbm_lightning.interventions.state import State
 from cbm_lightning.interventions.units import Units
 
@@ -58,16 +58,26 @@ class Policy(Configurable, ABC):
         """Make the short name known."""
         super().__init_subclass__(**kwargs)
         if "name" in vars(cls):
-            Policy.registry[cls.name] = cls
+            register(cls.name, cls, Policy.registry)
 
     @classmethod
     def make(cls, source: str | Policy) -> Policy:
         """A policy, or the one of a short name with its defaults.
 
         Raises:
-            ValueError: No policy has that name; the message lists near matches.
+            ValueError: No policy has that name, with near matches in the message, or it has no defaults.
+            TypeError: It is neither a name nor a policy.
         """
-        return find("policies", source, Policy.registry)() if isinstance(source, str) else source
+        if isinstance(source, Policy):
+            return source
+        if not isinstance(source, str):
+            raise TypeError(f"policies: expected short names or policies such as UCP(), got {source!r}")
+        try:
+            return find("policies", source, Policy.registry)()
+        except TypeError as error:
+            raise ValueError(
+                f"policies: {source!r} needs arguments, give its class path and init_args: {error}"
+            ) from None
 
     def build(self, units: Units) -> None:
         """Get to know what can be asked, and check the arguments against it; called once before anything else."""

@@ -28,6 +28,7 @@ class BehaviouralCloning(Policy):
         lr: Learning rate of SGD.
         batch_size: Decisions a step.
         seed: Seed of weights, masks and order.
+        adaptive: Ask the network again after each correction.
         label: Name in logs and figures.
 
     Raises:
@@ -46,9 +47,10 @@ class BehaviouralCloning(Policy):
         batch_size: int = 64,
         seed: int = 0,
         *,
+        adaptive: bool = True,
         label: str | None = None,
     ) -> None:
-        super().__init__(adaptive=True, label=label)
+        super().__init__(adaptive=adaptive, label=label)
         for field, value in {"num_samples": num_samples, "epochs": epochs, "lr": lr, "batch_size": batch_size}.items():
             if not value > 0:
                 raise ValueError(f"{field}: expected a positive number, got {value}")
@@ -70,7 +72,11 @@ class BehaviouralCloning(Policy):
         while wanted > 0:
             decided = [self._decisions(state, f"cloning {self.seed} {rounds}") for state in states]
             # once a round, in which processes may have different numbers of blocks
-            found, chosen = (gather(torch.cat(column)) for column in zip(*decided, strict=True))
+            found, chosen, lots, index = (gather(torch.cat(column)) for column in zip(*decided, strict=True))
+            # in an order drawn by sample: the same for any number of processes, and no class comes first
+            order = index.argsort(stable=True)
+            order = order[lots[order].argsort(stable=True)]
+            found, chosen = found[order], chosen[order]
             if len(found) == 0:
                 raise ValueError("policies: 'cloning' found no sample with a concept to correct in the training split")
             inputs.append(found)
@@ -81,12 +87,13 @@ class BehaviouralCloning(Policy):
         )
 
     @staticmethod
-    def _decisions(state: State, stream: str) -> tuple[Tensor, Tensor]:
-        """What the network sees of partly corrected samples, and what the oracle asks about next."""
+    def _decisions(state: State, stream: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What the network sees of partly corrected samples, what the oracle asks about next, a lot and the index."""
         state = _partly_corrected(state, stream)
         scores = GreedyOracle().score(state)
         rows = state.counted & scores.isfinite().any(-1)
-        return seen(state)[rows], scores[rows].argmax(-1)
+        lots = state.randomness.uniform(f"{stream} order", 1)[:, 0].to(scores)
+        return seen(state)[rows], scores[rows].argmax(-1), lots[rows], state.randomness.index.to(rows.device)[rows]
 
     def _imitate(self, inputs: Tensor, targets: Tensor, units: int) -> None:
         generator = step_generator(self.seed)

@@ -102,8 +102,8 @@ def quality(states: Sequence[State], asked: Sequence[int], gather: Gather) -> tu
         units[:, list(asked)] = True
         logits = state.corrected(state.units.expand(units) & state.open).prediction.logits[state.counted]
         log_probs, label = label_log_probs(logits, state.subject.task), state.label[state.counted]
-        right.append((log_probs.argmax(-1) == label).double().mean(-1))
-        loss.append(-log_probs.gather(-1, label.unsqueeze(-1)).double().mean((-2, -1)))
+        right.append((log_probs.argmax(-1) == label).float().mean(-1))
+        loss.append(-log_probs.gather(-1, label.unsqueeze(-1)).mean((-2, -1)))
     return gather(torch.cat(right)).mean().item(), -gather(torch.cat(loss)).mean().item()
 
 

@@ -14,7 +14,7 @@ def concept_error(probs: Tensor, concepts: Tensor) -> Tensor:
 
 
 class LCP(Policy):
-    """Loss on Concept Prediction (Shin et al., ICML 2023, section 3.2): an oracle that knows the true concepts.
+    """Loss on Concept Prediction (Shin et al., ICML 2023, section 3.2): an oracle that knows the answers.
 
     A bound for policies, not a policy that people could follow. The official code always compares with class-level
     concepts; here ``label_level`` of the evaluation decides.
@@ -32,4 +32,4 @@ class LCP(Policy):
 
     def score(self, state: State) -> Tensor:
         """Squared errors."""
-        return state.by_unit(concept_error(state.probs, state.truth.to(state.probs)))
+        return state.by_unit(concept_error(state.probs, state.told.to(state.probs)))

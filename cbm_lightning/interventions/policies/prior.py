@@ -26,13 +26,14 @@ class LearnedPrior(Policy):
 
     Args:
         sample: Draw the unit from the learned distribution, as the official code does, or take the likeliest.
+        adaptive: Ask the model again after each correction.
         label: Name in logs and figures.
     """
 
     name = "prior"
 
-    def __init__(self, sample: bool = True, *, label: str | None = None) -> None:
-        super().__init__(adaptive=True, label=label)
+    def __init__(self, sample: bool = True, *, adaptive: bool = True, label: str | None = None) -> None:
+        super().__init__(adaptive=adaptive, label=label)
         self.sample = sample
         self.stochastic = sample
 
@@ -53,7 +54,8 @@ class LearnedPrior(Policy):
                 f"unit: the bottleneck learned to choose among {scores.shape[-1]} units, the evaluation has "
                 f"{len(state.units)}; choose the unit that it was trained with"
             )
-        log_probs = prior_distribution(scores.float(), state.asked).log()
+        # the logarithm of `prior_distribution`, which would underflow to "cannot be asked"
+        log_probs = scores.float().masked_fill(state.asked, -torch.inf).log_softmax(-1)
         if not self.sample:
             return log_probs
         uniform = state.randomness.uniform(f"prior {state.step}", len(state.units)).to(log_probs)
