@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
+from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
 from cbm_lightning.callbacks.intervention_figure import draw_curves
 from cbm_lightning.callbacks.loggers import log_figure, log_table
 from cbm_lightning.callbacks.passes import Positions, batches, flatten, gather_rows, predict, predictions
@@ -26,10 +27,8 @@ from cbm_lightning.interventions.units import Reduce, Unit, Units
 from cbm_lightning.interventions.values import InterventionValues
 from cbm_lightning.types import Batch, Features, Prediction
 
-Stage = Literal["val", "test"]
 
-
-class InterventionEvaluation(Callback):
+class InterventionEvaluation(EvaluationCallback):
     """Corrects concepts step by step in validation or test, and logs how the label follows.
 
     Each batch is encoded once, by the module's own step where that returns its ``prediction``; everything else is the
@@ -108,7 +107,8 @@ class InterventionEvaluation(Callback):
         seed: int = 0,
         name: str = "intervention",
     ) -> None:
-        positive = {"every_n_epochs": every_n_epochs, "max_samples": max_samples, "fit_batches": fit_batches}
+        super().__init__(every_n_epochs)
+        positive = {"max_samples": max_samples, "fit_batches": fit_batches}
         for field, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{field}: expected at least 1, got {value}")
@@ -128,7 +128,7 @@ class InterventionEvaluation(Callback):
             "scope": scope,
         }
         self.unit, self.group_reduce, self.costs = unit, group_reduce, costs
-        self.every_n_epochs, self.max_samples, self.fit_batches = every_n_epochs, max_samples, fit_batches
+        self.max_samples, self.fit_batches = max_samples, fit_batches
         self.subgroup_key, self.target = subgroup_key, target
         self._engine_options = {
             "scope": scope,
@@ -211,52 +211,49 @@ class InterventionEvaluation(Callback):
 
     # ---------------------------------------------------------------- hooks
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, if validation is wanted and this epoch's turn."""
-        due = trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0
+    def begin(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
+        """Start afresh if this stage is wanted and it is this epoch's turn."""
+        self._studies = []
         # labels mean nothing in a phase in which only concepts train
-        due = due and bool(getattr(pl_module, "label_matters", True))
-        self._studies = []
-        if "val" in self.stages and due and not trainer.sanity_checking:
-            self._begin(trainer, pl_module, trainer.val_dataloaders)
+        labelled = bool(getattr(pl_module, "label_matters", True))
+        if stage in self.stages and self.due(trainer) and labelled and not trainer.sanity_checking:
+            self._begin(trainer, pl_module, loaders)
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin, if the test is wanted."""
-        self._studies = []
-        if "test" in self.stages:
-            self._begin(trainer, pl_module, trainer.test_dataloaders)
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def take(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, outputs: Any, batch: Any, dataloader_idx: int
     ) -> None:
-        """Take the predictions of a batch."""
-        self._add(trainer, pl_module, outputs, batch, dataloader_idx)
+        """Take the predictions of a batch; the policies run whenever a block is full."""
+        if not self._studies:
+            return
+        module = cast(Any, pl_module)
+        study, positions = self._studies[dataloader_idx]
+        content = module.read_batch(batch)
+        found = outputs.get("prediction") if isinstance(outputs, Mapping) else None
+        prediction = found if isinstance(found, Prediction) else predict(trainer, module, content)
+        index, first = positions.take(len(prediction.logits))
+        if self.max_samples is not None:
+            first = first & (index < self.max_samples)
+        if first.any():
+            study.add(self._encode(pl_module, study, prediction, content, index, first))
 
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Take the predictions of a batch."""
-        self._add(trainer, pl_module, outputs, batch, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
         """Log the curves."""
-        self._finish(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the curves."""
-        self._finish(trainer, pl_module, "test")
+        studies, self._studies = self._studies, []
+        for i, (study, _) in enumerate(studies):
+            result = study.finish(gather_rows)
+            self.result = result if i == 0 else self.result
+            suffix = f"/dataloader_idx_{i}" if len(studies) > 1 else ""
+            name = f"{stage}/{self.name}"
+            scalars = {f"{name}/{key}{suffix}": value for key, value in result.scalars(self.target).items()}
+            pl_module.log_dict(scalars, sync_dist=True, add_dataloader_idx=False)
+            if trainer.is_global_zero:
+                log_table(trainer, f"{name}/curves{suffix}", result.table())
+                unit = "concept" if self.unit == "concept" else "group"
+                log_figure(trainer, f"{name}/figure{suffix}", draw_curves(result, unit))
+                if trainer.state.fn != "fit" and study.person.reliable:
+                    scores = {p.label: result.accuracies(p.label).mean(0) for p in self.policies if not p.is_oracle}
+                    if message := describe_fall(result.budgets, scores, result.samples, unit):
+                        rank_zero_warn(f"{stage}: {message}", category=LeakageWarning)
 
     # ---------------------------------------------------------------- the work
 
@@ -310,20 +307,6 @@ class InterventionEvaluation(Callback):
         model = cast(Any, pl_module)
         return class_majority(concepts.float(), labels, int(model.num_classes), model.concept_set)
 
-    def _add(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, loader: int) -> None:
-        if not self._studies:
-            return
-        module = cast(Any, pl_module)
-        study, positions = self._studies[loader]
-        content = module.read_batch(batch)
-        found = outputs.get("prediction") if isinstance(outputs, Mapping) else None
-        prediction = found if isinstance(found, Prediction) else predict(trainer, module, content)
-        index, first = positions.take(len(prediction.logits))
-        if self.max_samples is not None:
-            first = first & (index < self.max_samples)
-        if first.any():
-            study.add(self._encode(pl_module, study, prediction, content, index, first))
-
     def _encode(
         self,
         pl_module: LightningModule,
@@ -345,21 +328,3 @@ class InterventionEvaluation(Callback):
                 raise ValueError(f"subgroup_key: the batch has no {self.subgroup_key!r}, only {sorted(batch)}")
             batch = {**batch, "group": batch[self.subgroup_key]}
         return study.encode(Prediction(logits, concepts), batch, index, counted)
-
-    def _finish(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        studies, self._studies = self._studies, []
-        for i, (study, _) in enumerate(studies):
-            result = study.finish(gather_rows)
-            self.result = result if i == 0 else self.result
-            suffix = f"/dataloader_idx_{i}" if len(studies) > 1 else ""
-            name = f"{stage}/{self.name}"
-            scalars = {f"{name}/{key}{suffix}": value for key, value in result.scalars(self.target).items()}
-            pl_module.log_dict(scalars, sync_dist=True, add_dataloader_idx=False)
-            if trainer.is_global_zero:
-                log_table(trainer, f"{name}/curves{suffix}", result.table())
-                unit = "concept" if self.unit == "concept" else "group"
-                log_figure(trainer, f"{name}/figure{suffix}", draw_curves(result, unit))
-                if trainer.state.fn != "fit" and study.person.reliable:
-                    scores = {p.label: result.accuracies(p.label).mean(0) for p in self.policies if not p.is_oracle}
-                    if message := describe_fall(result.budgets, scores, result.samples, unit):
-                        rank_zero_warn(f"{stage}: {message}", category=LeakageWarning)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cbm_lightning.backbones.base import ImageStats, evaluating
+from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
 from cbm_lightning.callbacks.loggers import log_figure, log_table, to_bytes
 from cbm_lightning.callbacks.prediction_figure import draw_predictions
 from cbm_lightning.concepts import ConceptSet
@@ -37,7 +38,7 @@ class Explains(Protocol):
         """Rows as `explanation.explain_prediction` gives them."""
 
 
-class PredictionTable(Callback):
+class PredictionTable(EvaluationCallback):
     """Logs a table and a picture of explained predictions after validation and test.
 
     The table ``val/prediction_table`` (``test/...``) has a row a sample and concept: its predicted value, its
@@ -61,12 +62,12 @@ class PredictionTable(Callback):
     """
 
     def __init__(self, max_samples: int = 12, top_k: int = 5, every_n_epochs: int = 1) -> None:
-        for name, value in {"max_samples": max_samples, "top_k": top_k, "every_n_epochs": every_n_epochs}.items():
+        super().__init__(every_n_epochs)
+        for name, value in {"max_samples": max_samples, "top_k": top_k}.items():
             if value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
         self.max_samples = max_samples
         self.top_k = top_k
-        self.every_n_epochs = every_n_epochs
         self._tables: list[pd.DataFrame] = []
         self._images: list[Tensor] = []
         self._samples = 0
@@ -80,50 +81,14 @@ class PredictionTable(Callback):
                 "use CBMModule, or give it the members of `callbacks.prediction_table.Explains`"
             )
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
         """Forget the samples of a run that was interrupted."""
         self._clear()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forget the samples of a run that was interrupted."""
-        self._clear()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Explain a batch if samples are missing; before training too, so that what cannot be explained fails early."""
-        epoch = trainer.current_epoch + 1
-        if trainer.state.fn != "fit" or trainer.sanity_checking or epoch % self.every_n_epochs == 0:
-            self._collect(trainer, pl_module, batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def take(
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, outputs: Any, batch: Any, dataloader_idx: int
     ) -> None:
         """Explain a batch if samples are missing."""
-        self._collect(trainer, pl_module, batch, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the predictions, except for those before training."""
-        if not trainer.sanity_checking:
-            self._log(trainer, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the predictions."""
-        self._log(trainer, "test")
-
-    def _collect(self, trainer: Trainer, pl_module: LightningModule, batch: Any, dataloader_idx: int) -> None:
         wanted = self.max_samples - self._samples
         if wanted <= 0 or dataloader_idx > 0 or not trainer.is_global_zero:
             return
@@ -141,7 +106,8 @@ class PredictionTable(Callback):
             stats = image_stats() if image_stats else None
             self._images.extend(to_bytes(displayable(image[:wanted], stats)).cpu())
 
-    def _log(self, trainer: Trainer, stage: str) -> None:
+    def finish(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        """Log the predictions."""
         if self._tables:
             import pandas as pd
 

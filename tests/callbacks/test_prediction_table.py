@@ -113,13 +113,13 @@ def test_modes_are_those_of_before() -> None:
     model = toy_model()
     model.backbone.train()
     callback = PredictionTable(max_samples=1)
-    callback._collect(quiet_trainer(), model, toy_tensors(4), 0)
+    callback.take(quiet_trainer(), model, "val", None, toy_tensors(4), 0)
     assert model.training
     assert model.backbone.training
     model.eval()
     model.head.train()
-    callback._clear()
-    callback._collect(quiet_trainer(), model, toy_tensors(4), 0)
+    callback.begin(quiet_trainer(), model, "val", None)
+    callback.take(quiet_trainer(), model, "val", None, toy_tensors(4), 0)
     assert (model.training, model.head.training) == (False, True)
 
 
