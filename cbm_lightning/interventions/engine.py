@@ -146,13 +146,8 @@ class InterventionEngine:
             values = OwnValues()
             values.build(self.subject.concepts)
         self.values = values
-        self.scope, self.reading, self.unanswered, self.num_draws, self.seed = (
-            scope,
-            reading,
-            unanswered,
-            num_draws,
-            seed,
-        )
+        self.scope, self.reading, self.unanswered = scope, reading, unanswered
+        self.num_draws, self.seed = num_draws, seed
 
     # ---------------------------------------------------------------- deciding
 
@@ -238,13 +233,15 @@ class InterventionEngine:
             trial: Number of the repetition, for ``reading="sample"``.
         """
         units = self.units.to(steps.device)
+        truth, real = samples.answers.truth, self.subject.concepts.is_real().to(steps.device)
+        annotated, holds = ~truth.isnan() & ~real, truth >= 0.5
         found = []
         for budget in budgets:
             taken = steps <= budget
             mask = units.expand(taken) & samples.answers.answerable
             prediction = self._predict(samples, mask, trial)
-            known = ~samples.answers.truth.isnan() & ~mask & ~self.subject.concepts.is_real().to(mask.device)
-            right = (prediction.concepts.probs >= 0.5) == (samples.answers.truth >= 0.5)
+            known = annotated & ~mask
+            right = (prediction.concepts.probs >= 0.5) == holds
             cost = (taken.to(units.costs) @ units.costs).float()
             found.append((prediction.logits, mask.sum(-1), cost, (right & known).sum(-1), known.sum(-1)))
         return Rollout(*(torch.stack(column) for column in zip(*found, strict=True)))

@@ -15,7 +15,7 @@ from cbm_lightning.interventions.units import Units
 from cbm_lightning.interventions.values import InterventionValues
 from cbm_lightning.labels import label_log_probs
 from cbm_lightning.randomness import Randomness
-from cbm_lightning.types import ConceptOutput, Intervention, LinearEffects, Prediction
+from cbm_lightning.types import ConceptOutput, LinearEffects, Prediction
 
 Rows = Tensor | slice
 Branch = Callable[[int, Rows], list[Tensor]]
@@ -191,8 +191,7 @@ class State:
         told = answer if isinstance(answer, Tensor) else torch.full_like(self.told, answer)
         # what is unknown is never open, but NaN would spread
         told = told.nan_to_num(nan=0.0)
-        everything = Intervention(torch.ones_like(self.mask), told)
-        correction = self.values.correction(self.start.concepts, everything.values, everything.mask)
+        correction = self.values.correction(self.start.concepts, told, torch.ones_like(self.mask))
         corrected = self.subject.intervene(self.start, correction).concepts.values
         width = effects.weight.shape[1] * effects.weight.shape[2]
         moved = (corrected - self.output.values)[:, :width].unflatten(1, effects.weight.shape[1:]).float()

@@ -25,7 +25,7 @@ class BehaviouralCloning(Policy):
         hidden: Widths of the hidden layers.
         num_samples: Decisions to learn from.
         epochs: Passes over them.
-        lr: Learning rate of SGD.
+        lr: Learning rate of SGD, whose momentum is 0.9.
         batch_size: Decisions a step.
         seed: Seed of weights, masks and order.
         adaptive: Ask the network again after each correction.
