@@ -61,7 +61,7 @@ def draw_curves(result: StudyResult, unit: str, title: str | None = None) -> Fig
     start = float(result.scores(next(iter(result.curves)))[:, 0].mean())
     axes.axhline(start, color=RANDOM, lw=0.8, ls=":")
     axes.annotate(
-        "no correction", (1, start), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=8, color=RANDOM
+        "no correction", (1, start), xycoords=("axes fraction", "data"), ha="right", va="top", size=8, color=RANDOM
     )
     axes.set_xlabel(f"{unit}s corrected a sample")
     axes.set_ylabel(result.score_name.replace("label_acc", "label accuracy").replace("_", " "))
@@ -70,7 +70,11 @@ def draw_curves(result: StudyResult, unit: str, title: str | None = None) -> Fig
     low, high = axes.get_ylim()
     if high - low < SMALLEST_SPAN:
         # a narrower window would make mountains of single samples
-        axes.set_ylim((low + high - SMALLEST_SPAN) / 2, (low + high + SMALLEST_SPAN) / 2)
+        low, high = (low + high - SMALLEST_SPAN) / 2, (low + high + SMALLEST_SPAN) / 2
+    best = max(float(result.scores(policy).max()) for policy in result.curves)
+    # no room above a perfect share, beyond that of a marker
+    excess = max(high - 1.0 - 0.05 * (high - low), 0.0) if best <= 1.0 else 0.0
+    axes.set_ylim(low - excess, high - excess)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", lw=0.4, alpha=0.6)
     figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=min(len(result.curves), 5))
