@@ -22,8 +22,7 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
         >>> soft_threshold(torch.tensor([3.0, -0.5, -2.0]), 1.0)
         tensor([ 2., 0., -1.])
     """
-    short: Tensor = (x.abs() - threshold).clamp(min=0.0)
-    return x.sign() * short
+    return x.sign() * (x.abs() - threshold).clamp(min=0.0)
 
 
 def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor:
@@ -54,7 +53,8 @@ def group_norms(x: Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor
     """``[G]`` 2-norm of each group; arguments as in `group_soft_threshold`."""
     others = [d for d in range(x.ndim) if d != dim % x.ndim]
     if groups is None:
-        return torch.linalg.vector_norm(x, dim=others)
+        norms: Tensor = torch.linalg.vector_norm(x, dim=others)
+        return norms
     squares = x.square().sum(others)
     return squares.new_zeros(int(groups.max()) + 1).index_add(0, groups, squares).sqrt()
 
