@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 from cbm_lightning.configurable import Configurable, build, class_path, import_class, plain
 from cbm_lightning.data_facts import DataFacts
 from cbm_lightning.randomness import all_rng_states, restore_rng_state
+from cbm_lightning.sparsity.masks import restore_masks
 
 # what the CLI and Lightning add beside the arguments
 CLASS_KEY = "_class_path"
@@ -30,7 +31,7 @@ class PortableModule(Configurable, LightningModule):
         plain_arguments: Arguments that take ``{"class_path": ...}`` as it is, so that a restore must not build it.
     """
 
-    plain_arguments: tuple[str, ...] = ("optimizer", "lr_scheduler")
+    plain_arguments: tuple[str, ...] = ("optimizer", "lr_scheduler", "phases")
 
     def record_hparams(self, facts: DataFacts) -> None:
         """Store the arguments of construction as plain hyper-parameters; called at the end of ``__init__``."""
@@ -70,7 +71,11 @@ class PortableModule(Configurable, LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states of a run that is resumed; `restore_randomness` sets them when training begins."""
+        """Make room for masks of pruned weights, and keep the random states of a run that is resumed.
+
+        `restore_randomness` sets these when training begins.
+        """
+        restore_masks(self, checkpoint["state_dict"])
         resumes = self._trainer is not None and self._trainer.state.fn == "fit"
         self._resumed_rng = checkpoint.get("cbm_lightning", {}).get("rng") if resumes else None
 

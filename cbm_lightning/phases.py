@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
+from cbm_lightning.head_solver import solver_spec
+
 HeadInput = Literal["predicted", "true", "detached"]
 PARTS = ("backbone", "bottleneck", "head")
 
@@ -23,9 +25,13 @@ class Phase:
         loss_weights: Replaces the module's weights of the losses named. A loss of weight 0 is neither computed into
             the total nor logged, and label metrics are not logged while the weight of ``label`` is 0.
         lr: Learning rate of this phase; None takes the module's.
+        solver: Fits the head instead of gradients: an estimator in scikit-learn's conventions (`ElasticNetPath`,
+            ``sklearn.linear_model.LogisticRegression``), or its class by name, path or ``{"class_path": ...,
+            "init_args": ...}``. Such a phase trains the head alone and takes one epoch, which is one pass over the
+            training data.
 
     Raises:
-        ValueError: A part, a head input or a number is not one of those above.
+        ValueError: A part, a head input or a number is not one of those above, or does not go with a solver.
 
     Example:
         >>> Phase("labels", train=["head"], head_input="true", epochs=10).epochs
@@ -38,8 +44,11 @@ class Phase:
     head_input: HeadInput = "predicted"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     lr: float | None = None
+    solver: Any = None
 
     def __post_init__(self) -> None:
+        if self.solver is not None:
+            self._check_solver()
         if not self.train or set(self.train) - set(PARTS):
             raise ValueError(f"phase {self.name!r}: train: expected some of {PARTS}, got {list(self.train)}")
         if self.epochs is not None and self.epochs < 1:
@@ -50,6 +59,15 @@ class Phase:
             )
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"phase {self.name!r}: lr: expected a positive number, got {self.lr}")
+
+    def _check_solver(self) -> None:
+        wrong = {"lr": self.lr, "epochs": None if self.epochs == 1 else self.epochs}
+        if given := {name: value for name, value in wrong.items() if value is not None}:
+            raise ValueError(f"phase {self.name!r}: a solver takes one epoch and no learning rate, got {given}")
+        if list(self.train) != ["head"]:
+            raise ValueError(f"phase {self.name!r}: train: a solver fits ['head'], got {list(self.train)}")
+        object.__setattr__(self, "solver", solver_spec(self.solver))
+        object.__setattr__(self, "epochs", 1)
 
     def weights(self, given: Mapping[str, float]) -> dict[str, float]:
         """The module's weights of losses, with those that this phase replaces."""

@@ -29,6 +29,8 @@ def check_strategy(strategy: Any, phases: Sequence[Phase], weights: Mapping[str,
     if not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters", False):
         return
     for phase in phases:
+        if phase.solver:
+            continue  # no gradients at all
         unused = set(PARTS) - set(phase.train) | ({"head"} if "label" in phase.losses_off(weights) else set())
         if idle := sorted(unused & trainable):
             raise ValueError(

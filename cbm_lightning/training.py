@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from cbm_lightning.batches import check_concepts, read_batch
 from cbm_lightning.checkpoints import PortableModule
 from cbm_lightning.data_facts import check_agreement
+from cbm_lightning.head_solver import HeadSolver
+from cbm_lightning.labels import Task
 from cbm_lightning.optimization import (
     ClassSpec,
     check_optimizer,
@@ -52,6 +55,7 @@ class PhasedTraining(PortableModule):
     concept_loss: ConceptLoss
     concept_set: ConceptSet
     num_classes: int
+    task: Task
     loss_weights: dict[str, float]
     phase: Phase = EVALUATION
 
@@ -81,6 +85,7 @@ class PhasedTraining(PortableModule):
         self._scheduler: LRScheduler | None = None
         self._paused: list[nn.Parameter] = []
         self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+        self._solver: HeadSolver | None = None
 
     # ---------------------------------------------------------------- before training
 
@@ -103,6 +108,9 @@ class PhasedTraining(PortableModule):
         check_strategy(self.trainer.strategy, self.phases, self.loss_weights, trainable)
         check_monitors(self.trainer, self.phases, self.loss_weights, self.monitor)
         check_stopping(self.trainer, self.phases, self._starts)
+        for phase in self.phases:
+            if phase.solver:
+                self._make_solver(phase)
         if self.concept_loss.needs_annotations:
             self.concept_loss.fit(self._training_annotations(data))
         self.phase = self.phases[0]
@@ -200,6 +208,13 @@ class PhasedTraining(PortableModule):
         self._recent.clear()
         self._enter_phase()
         self._restart_rates(self.current_epoch)
+        if self.phase.solver:
+            self._solver = self._make_solver(self.phase)
+            # steps without a loss are what such a phase consists of
+            warnings.filterwarnings("ignore", message="`training_step` returned `None`")
+
+    def _make_solver(self, phase: Phase) -> HeadSolver:
+        return HeadSolver(phase.solver, self.head, self.concept_set, self.task)
 
     def _enter_phase(self) -> None:
         self.phase = self.phases[max(i for i, start in enumerate(self._starts) if start <= self.current_epoch)]
@@ -215,7 +230,7 @@ class PhasedTraining(PortableModule):
         """Return to the state in which every loss counts and every part trains."""
         for parameter in self._paused:
             parameter.requires_grad_(True)
-        self._paused, self._optimizer, self._scheduler = [], None, None
+        self._paused, self._optimizer, self._scheduler, self._solver = [], None, None, None
         self._recent.clear()
         self.phase = EVALUATION
 
@@ -267,8 +282,9 @@ class PhasedTraining(PortableModule):
                 self._recent.popleft()
 
     def on_validation_epoch_start(self) -> None:
-        """Fit the statistics before they are used, and before checkpoints are written after validation."""
+        """Fit what waits for the epoch's last batch before it is used, and before checkpoints are written."""
         self._fit_statistics()
+        self._fit_head()
 
     def on_train_epoch_end(self) -> None:
         """Fit the statistics where there was no validation, or where it ran on averaged weights.
@@ -276,6 +292,7 @@ class PhasedTraining(PortableModule):
         Learning rates restart here already, so that callbacks see those of the next phase when its epoch starts.
         """
         self._fit_statistics()
+        self._fit_head()
         self._restart_rates(self.current_epoch + 1)
 
     def _fit_statistics(self) -> None:
@@ -285,3 +302,15 @@ class PhasedTraining(PortableModule):
         if self.trainer.world_size > 1:
             stacked = [torch.cat(gather_all_tensors(column)) for column in stacked]
         self.bottleneck.fit_statistics(*stacked)
+
+    def _fit_head(self) -> None:
+        """Fit the head if the phase has a solver and the epoch is complete."""
+        if (
+            self._solver is None
+            or self.trainer.sanity_checking
+            or not self.trainer.fit_loop.epoch_loop._is_training_done
+        ):
+            return
+        solver, self._solver = self._solver, None
+        with torch.inference_mode(False), torch.enable_grad():
+            solver.fit(self.device, self.trainer.world_size)

@@ -18,6 +18,7 @@ LAYERS = [
     ("backbones", "bottlenecks", "heads", "losses"),
     (
         "phases",
+        "head_solver",
         "preflight",
         "optimization",
         "batches",

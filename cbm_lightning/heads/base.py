@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -52,6 +54,20 @@ class LabelHead(Part):
     def concept_weight(self) -> Tensor | None:
         """``[L, K, m]`` if the logits are linear in the values: how each number of a concept weighs on each class."""
         return None
+
+    def check_solver(self, options: Mapping[str, Any]) -> None:
+        """Check that `set_linear` can take over what an estimator of these options fits.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        raise ValueError(
+            f"solver: a linear classifier cannot become a {type(self).__name__}; use LinearHead, or train by gradients"
+        )
+
+    def set_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Take over a linear classifier: weights ``[L, V]`` and biases ``[L]`` for the values as they are laid out."""
+        raise NotImplementedError(f"{type(self).__name__} takes no linear classifier; see check_solver")
 
     def contributions(self, output: ConceptOutput) -> Contributions | None:
         """What each concept adds to each class logit, exactly, or None where the head is not additive."""

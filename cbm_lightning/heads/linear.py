@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -41,6 +44,18 @@ class LinearHead(LabelHead):
         concepts, width, _ = self.layout
         weight: Tensor = self.linear.weight[:, : concepts * width].unflatten(1, (concepts, width))
         return weight
+
+    def check_solver(self, options: Mapping[str, Any]) -> None:
+        """Any linear classifier will do; one without biases if the head has none."""
+        if not self.bias and options.get("fit_intercept", True):
+            raise ValueError("solver: the head has no bias, but the solver fits one; give it fit_intercept: false")
+
+    def set_linear(self, weight: Tensor, bias: Tensor) -> None:
+        """Copy weights and biases, in place so that optimizers keep what they hold."""
+        with torch.no_grad():
+            self.linear.weight.copy_(weight)
+            if self.bias:
+                self.linear.bias.copy_(bias)
 
     def contributions(self, output: ConceptOutput) -> Contributions | None:
         """Weight times value, summed within each concept; bias and free dimensions apart."""

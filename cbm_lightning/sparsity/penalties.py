@@ -22,7 +22,8 @@ def soft_threshold(x: Tensor, threshold: float | Tensor) -> Tensor:
         >>> soft_threshold(torch.tensor([3.0, -0.5, -2.0]), 1.0)
         tensor([ 2., 0., -1.])
     """
-    return x.sign() * (x.abs() - threshold).clamp(min=0.0)
+    # a difference, where sign times size would leave negative zeros
+    return x - torch.clamp(x, -threshold, threshold)  # type: ignore[arg-type]
 
 
 def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor:

@@ -64,7 +64,7 @@ class SparseSolution:
             ValueError: ``level`` is negative or above the number of concepts.
         """
         mask = keep_largest(self.by_concept, level)
-        return replace(self, weight=(self.by_concept * mask.unsqueeze(-1)).flatten(1))
+        return replace(self, weight=self.by_concept.where(mask.unsqueeze(-1), 0.0).flatten(1))
 
     def logits(self, x: Tensor) -> Tensor:
         """``[n, L]`` of scores ``[n, V]`` as they came."""

@@ -1,0 +1,141 @@
+"""A phase without gradients: one pass over the training data, then a head that an estimator fits exactly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torchmetrics.utilities.distributed import gather_all_tensors
+
+from cbm_lightning.labels import Task
+from cbm_lightning.optimization import resolve
+from cbm_lightning.sparsity.nec import Sparsity
+from cbm_lightning.types import ConceptOutput
+
+if TYPE_CHECKING:
+    from cbm_lightning.concepts import ConceptSet
+    from cbm_lightning.heads import LabelHead
+
+
+def solver_spec(given: Any) -> dict[str, Any]:
+    """The plain form ``{"class_path": ..., "init_args": ...}`` of an estimator, checked by making it.
+
+    Args:
+        given: An estimator in scikit-learn's conventions, or its class by short name (`cbm_lightning.sparsity`), class
+            path, or ``{"class_path": ..., "init_args": ...}``.
+
+    Raises:
+        ValueError: There is no such class, or an argument is unknown or out of range.
+    """
+    if hasattr(given, "get_params"):
+        init_args = {name: value for name, value in given.get_params(deep=False).items() if value is not None}
+        return {"class_path": f"{type(given).__module__}.{type(given).__qualname__}", "init_args": init_args}
+    make_solver(given)
+    return {"class_path": given, "init_args": {}} if isinstance(given, str) else dict(given)
+
+
+def make_solver(spec: Any) -> Any:
+    """An estimator from its plain form; errors as in `solver_spec`."""
+    from sklearn.base import BaseEstimator
+
+    from cbm_lightning.sparsity import elastic_net_path
+
+    cls, init_args = resolve(spec, elastic_net_path, BaseEstimator, "solver")
+    return cls(**init_args)
+
+
+class HeadSolver:
+    """Collects what a head reads in one epoch, and fits the head on it.
+
+    Args:
+        spec: Of the estimator. `ElasticNetPath` runs on the device of the model, with the samples where they are;
+            others get the samples of all processes.
+        head: Takes the weights over.
+        concepts: For messages.
+        task: What the label is.
+
+    Raises:
+        ValueError: The head takes no weights, or the estimator fits biases for a head that has none.
+    """
+
+    def __init__(self, spec: dict[str, Any], head: LabelHead, concepts: ConceptSet, task: Task) -> None:
+        self.estimator = make_solver(spec)
+        self.head, self.concepts, self.task = head, concepts, task
+        self._values: list[Tensor] = []
+        self._labels: list[Tensor] = []
+        head.check_solver(self.estimator.get_params())
+
+    def take(self, output: ConceptOutput, label: Tensor, batch_idx: int) -> None:
+        """Keep what the head reads of a batch.
+
+        Raises:
+            ValueError: The epoch did not begin with this process, or the values have an axis of samples or time, over
+                which no linear classifier is fitted.
+        """
+        if not self._values and batch_idx > 0:
+            raise ValueError(
+                f"a phase with a solver cannot be resumed at batch {batch_idx} of its epoch, for the samples before it "
+                "are gone; resume from the checkpoint at the end of the epoch before"
+            )
+        if output.values.ndim != 2 or output.label_logits is not None:
+            raise ValueError(
+                f"solver: expected values [B, V] that the head alone turns into logits, got {list(output.values.shape)}"
+                f" of axes (samples {output.sample_dim}, time {output.time_dim}); train this head by gradients"
+            )
+        self._values.append(output.values.detach().float().cpu())
+        self._labels.append(label.detach().cpu() if self.task == "multilabel" else label.detach().view(-1).long().cpu())
+
+    def fit(self, device: torch.device, world_size: int) -> None:
+        """Fit the estimator on all that was taken, and hand its weights to the head."""
+        values, labels = torch.cat(self._values), torch.cat(self._labels)
+        self._values, self._labels = [], []
+        accepted = self.estimator.get_params()
+        own: dict[str, Any] = {}
+        if "distributed" in accepted:
+            own["distributed"] = world_size > 1
+        elif world_size > 1:
+            values, labels = (torch.cat(gather_all_tensors(x.to(device))).cpu() for x in (values, labels))
+        if accepted.get("device", "") is None:
+            own["device"] = str(device)
+        layout = self.head.layout
+        if accepted.get("group_size") == 1 and layout.width > 1 and not layout.extra:
+            own["group_size"] = layout.width
+        self.estimator.set_params(**own)
+        if "distributed" in accepted:
+            self.estimator.fit(values, labels, self._names())
+        else:
+            self.estimator.fit(values.numpy(), labels.numpy())
+        weight, bias = self._rows(values)
+        self.head.set_linear(weight, bias)
+        found = Sparsity.of(weight[:, : layout.concepts * layout.width].unflatten(1, (layout.concepts, layout.width)))
+        rank_zero_info(
+            f"{type(self.estimator).__name__} fitted the head on {len(values)} samples: {found.nec:.2f} of "
+            f"{layout.concepts} concepts a class, {found.active_concepts} used by any."
+        )
+
+    def _names(self) -> list[str]:
+        """A name a column, for messages."""
+        layout = self.head.layout
+        names = [name for name in self.concepts.names for _ in range(layout.width)]
+        return names + [f"unsupervised {i}" for i in range(layout.extra)]
+
+    def _rows(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights and biases with a row for each output of the head, whatever classes the samples had."""
+        coef = torch.as_tensor(self.estimator.coef_).float()
+        intercept = torch.as_tensor(self.estimator.intercept_).float().expand(len(coef))
+        outputs = self.head.num_outputs
+        classes = torch.as_tensor(self.estimator.classes_).long()
+        if len(coef) == 1 and outputs > 1:
+            # one logit for two classes, shared out between both
+            coef, intercept = torch.cat([-coef, coef]) / 2, torch.cat([-intercept, intercept]) / 2
+        elif len(coef) == 2 and outputs == 1:
+            coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
+        if len(coef) == outputs:
+            return coef, intercept
+        # a class without a sample is never the likeliest on what was seen
+        lowest = (values @ coef.T + intercept).min()
+        weight, bias = coef.new_zeros(outputs, coef.shape[1]), lowest.expand(outputs).clone()
+        weight[classes], bias[classes] = coef, intercept
+        return weight, bias

@@ -1,0 +1,58 @@
+"""Masks of pruned weights: buffers beside the parameters, so that zeros outlive the run that made them."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SUFFIX = "_mask"
+
+
+def attach_mask(module: nn.Module, name: str) -> None:
+    """Register a mask of ones for a parameter, unless it has one, and keep gradients from what is masked.
+
+    The mask is the buffer ``NAME_mask`` of the submodule that owns the parameter, of numbers 0 and 1 (what averages
+    weights blends buffers, which bools do not survive). It is saved with the weights.
+
+    Args:
+        module: Has the parameter.
+        name: As in ``module.named_parameters()``.
+    """
+    owner, _, own_name = name.rpartition(".")
+    part = module.get_submodule(owner)
+    if own_name + SUFFIX in dict(part.named_buffers(recurse=False)):
+        return
+    parameter: nn.Parameter = getattr(part, own_name)
+    part.register_buffer(own_name + SUFFIX, torch.ones_like(parameter))
+
+    def keep_zero(gradient: Tensor) -> Tensor:
+        return gradient * mask_of(module, name).to(gradient)
+
+    # where a module is sent to another process, the mask goes along and the hook, without a warning, does not
+    parameter.register_hook(torch.utils.hooks.unserializable_hook(keep_zero))
+
+
+def mask_of(module: nn.Module, name: str) -> Tensor:
+    """The mask of a parameter, of its shape."""
+    return module.get_buffer(name + SUFFIX)
+
+
+def restore_masks(module: nn.Module, state: MutableMapping[str, Any]) -> None:
+    """Make a module and the weights that it is to load agree on which parameters are masked.
+
+    `CBMModule` does so when it loads a checkpoint. A LightningModule of your own that `SparsitySchedule` prunes calls
+    it in ``on_load_checkpoint`` with ``checkpoint["state_dict"]``.
+
+    Args:
+        module: Gets the masks that the weights bring.
+        state: The weights; gets masks of ones that the module has and the weights do not bring.
+    """
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
+        if name + SUFFIX in state:
+            attach_mask(module, name)
+        elif name + SUFFIX in dict(module.named_buffers()) and name in state:
+            state[name + SUFFIX] = torch.ones_like(parameter)
