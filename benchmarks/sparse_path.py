@@ -1,26 +1,28 @@
 """What an exact sparse head costs: beside scikit-learn's saga and glm-saga, along a path of six levels, and in chunks.
 
-    OMP_NUM_THREADS=2 python benchmarks/sparse_path.py
+    OMP_NUM_THREADS=2 python benchmarks/sparse_path.py --part a b large
 
 a. One penalty, n=4,000, K=120, L=10, from nothing: `ElasticNetPath` in single precision until the optimality conditions
-   (KKT) hold to 1e-5, scikit-learn's ``saga`` for as few epochs as bring it to the same objective within 1e-4, and
-   ``glm-saga`` (PyPI) until then or for a budget of epochs. All get the same standardised scores. The contenders take
-   turns and ratios are taken within a turn; one function in double precision judges all of them.
+   (KKT) hold to 1e-5; scikit-learn's ``saga`` for as few epochs as bring its objective within 1e-4 of that, and for as
+   few as bring its KKT to 1e-5; ``glm-saga`` (PyPI) to the same objective or for a budget of epochs. All get the same
+   standardised scores. They take turns, ratios are taken within a turn, and one function in double precision judges all.
 b. The six levels of the ANEC protocol (VLG-CBM) at n=16,000, K=400, L=50. Fails where a level's number of effective
-   concepts (NEC), before pruning, is not within 2 %.
-c. One penalty at n=200,000, K=512, L=100, read in chunks from a file, in a process of its own: seconds and peak memory
-   beside the bound in the docstring of `ElasticNetPath`. Fails above the bound. Only with ``--part large`` or ``--large``.
+   concepts (NEC) before pruning is not within 2 %.
+large. One penalty at n=200,000, K=512, L=100, read in chunks from a file, in a process of its own: seconds and peak
+   memory beside the bound in the docstring of `ElasticNetPath`. Fails above the bound.
 
-Scores are drawn: factors of decaying strength make concepts correlate, and labels are drawn from a softmax on a few
-concepts a class, so that no classifier is perfect.
+Scores are drawn, see `DrawnConcepts`, and correlate mildly or as strongly as the similarities of CLIP embeddings with
+concept texts do. Labels are drawn too, so that no classifier is perfect.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import io
+import itertools
 import json
 import statistics
 import subprocess
@@ -36,6 +38,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import sklearn
 import torch
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from cbm_lightning.sparsity import ElasticNet, ElasticNetPath, SparseSolution
@@ -45,9 +48,9 @@ from cbm_lightning.sparsity.solver import Problem, solve
 
 ALPHA, TOL, EQUAL = 0.99, 1e-5, 1e-4
 LEVELS = [5, 10, 15, 20, 25, 30]
-SINGLE = {"samples": 4_000, "concepts": 120, "classes": 10}
-PATH = {"samples": 16_000, "concepts": 400, "classes": 50}
-LARGE = {"samples": 200_000, "concepts": 512, "classes": 100}
+SINGLE, PATH, LARGE = (4_000, 120, 10), (16_000, 400, 50), (200_000, 512, 100)
+# how fast factors lose strength, and the share of a concept's variance that is its own
+CORRELATIONS = {"mild": (1.0, 0.3), "strong": (3.0, 0.01)}
 Array = np.ndarray[Any, Any]
 
 
@@ -63,13 +66,13 @@ class Head(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=["a", "b"], choices=["a", "b", "large"])
-    parser.add_argument("--large", action="store_true", help="also the part 'large'")
+    parser.add_argument("--large", action="store_true", help="the same as naming this part too")
+    parser.add_argument("--correlation", nargs="+", default=list(CORRELATIONS), choices=list(CORRELATIONS))
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender of a, and fits of b")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the stochastic solvers")
     parser.add_argument("--nec", type=float, default=20, help="effective concepts at the penalty of a")
     parser.add_argument("--saga_epochs", type=int, default=500, help="budget of glm-saga")
-    parser.add_argument("--saga_step", type=float, default=0.1, help="step size of glm-saga, .1 in label-free CBM")
-    parser.add_argument("--sklearn_epochs", type=int, default=20_000, help="scikit-learn gives up after as many")
+    parser.add_argument("--sklearn_epochs", type=int, default=4000, help="scikit-learn gives up after as many")
     parser.add_argument("--share", type=float, default=0.05, help="penalty of 'large' as a share of the largest")
     parser.add_argument("--chunk_size", type=int, help="rows at a time of 'large'; left out, the package chooses")
     parser.add_argument("--alone", type=Path, help=argparse.SUPPRESS)
@@ -78,27 +81,26 @@ def main() -> None:
         print(json.dumps(large_alone(options)))
         return
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {torch.get_num_threads()} threads")
-    if "a" in options.part:
-        single(options)
-    if "b" in options.part:
-        levels(options)
-    if options.large or "large" in options.part:
-        large(options)
+    for part, measure in {"a": single, "b": levels, "large": large}.items():
+        for correlation in options.correlation:
+            if part in options.part or (part == "large" and options.large):
+                measure(correlation, options)
 
 
 # ---------------------------------------------------------------- data and judge
 
 
 class DrawnConcepts:
-    """Correlated concept scores and labels that depend on fifteen of them a class.
+    """Concept scores, and labels from a softmax on fifteen concepts a class.
 
-    Concept k is ``sqrt(.7) * a unit mix of K / 4 factors + sqrt(.3) * noise`` in its own units; factor j counts with
-    variance ``1 / j``. The label is drawn from a softmax of a sparse normal teacher on the concepts.
+    A concept is a mix of K / 4 factors, the j-th of variance ``j ** -decay``, and noise of its own, in units of its own.
     """
 
-    def __init__(self, concepts: int, classes: int, seed: int) -> None:
+    def __init__(self, concepts: int, classes: int, correlation: str, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        mix = self.rng.normal(size=(concepts // 4, concepts)) / np.sqrt(np.arange(1, concepts // 4 + 1))[:, None]
+        decay, self.noise = CORRELATIONS[correlation]
+        strengths = np.arange(1, concepts // 4 + 1) ** (-decay / 2)
+        mix = strengths[:, None] * self.rng.normal(size=(len(strengths), concepts))
         self.mix = mix / np.linalg.norm(mix, axis=0)
         self.teacher = self.rng.normal(size=(classes, concepts))
         self.teacher *= self.rng.random((classes, concepts)).argsort(1) < 15
@@ -107,7 +109,8 @@ class DrawnConcepts:
     def draw(self, samples: int) -> tuple[Array, Array]:
         """``[n, K]`` float32 scores and ``[n]`` labels of the next samples."""
         factors = self.rng.normal(size=(samples, len(self.mix)))
-        scores = 0.7**0.5 * factors @ self.mix + 0.3**0.5 * self.rng.normal(size=(samples, self.mix.shape[1]))
+        own = self.rng.normal(size=(samples, len(self.shift)))
+        scores = (1 - self.noise) ** 0.5 * factors @ self.mix + self.noise**0.5 * own
         logits = scores @ self.teacher.T
         labels = (logits + self.rng.gumbel(size=logits.shape)).argmax(1)
         return (self.shift + self.unit * scores).astype(np.float32), labels
@@ -143,42 +146,42 @@ def judge(x: Array, y: Array, solution: SparseSolution | Head, lam: float) -> tu
 # ---------------------------------------------------------------- a. one penalty
 
 
-def single(options: argparse.Namespace) -> None:
+def single(correlation: str, options: argparse.Namespace) -> None:
     """Time every contender, in turns."""
-    x, y = DrawnConcepts(SINGLE["concepts"], SINGLE["classes"], options.seed).draw(SINGLE["samples"])
+    x, y = DrawnConcepts(*SINGLE[1:], correlation, options.seed).draw(SINGLE[0])
     x = ((x - x.mean(0, dtype=np.float64)) / x.std(0, ddof=1, dtype=np.float64)).astype(np.float32)
     searched = ElasticNetPath(nec=options.nec, alpha=ALPHA).fit(x, y)
     lam = searched.at_nec(options.nec).lam
-    exact = ElasticNetPath(lambdas=lam, alpha=ALPHA, dtype="float64", tol=1e-9, max_iter=10_000).fit(x, y)
-    eigenvalue = np.linalg.eigvalsh(np.cov(x.T))[-1]
+    exact = ElasticNetPath(lambdas=lam, alpha=ALPHA, dtype="float64", tol=1e-8, max_iter=10_000).fit(x, y)
+    best = judge(x, y, exact.solution_, lam)[0]
     print(
-        f"\na. {SINGLE}, lambda {lam:.3g} ({lam / searched.lambda_max_:.2g} of the largest), largest eigenvalue of the "
-        f"correlations {eigenvalue:.1f}, training accuracy {exact.score(x, y):.3f}"
+        f"\na. n, K, L {SINGLE}, {correlation} correlation (the first factor has {factor_share(x):.0%} of the variance), "
+        f"lambda {lam:.2e}, {lam / searched.lambda_max_:.1%} of the largest, training accuracy {exact.score(x, y):.3f}"
     )
     wanted = judge(x, y, fit_ours(x, y, lam), lam)[0]
-    epochs = fewest_epochs(x, y, lam, wanted, options)
-    contenders: dict[str, Callable[[], Head]] = {
-        "ElasticNetPath": lambda: fit_ours(x, y, lam),
-        "its solver alone": solver_alone(x, y, lam),
-        "scikit-learn saga": lambda: fit_sklearn(x, y, lam, epochs, options.seed),
-    }
+    contenders = {"ElasticNetPath": lambda: fit_ours(x, y, lam), "its solver alone": solver_alone(x, y, lam)}
+    few, many = fewest_epochs(x, y, lam, wanted, options)
+    contenders["sklearn saga, objective"] = lambda: fit_sklearn(x, y, lam, few, options.seed)
+    contenders["sklearn saga, KKT"] = lambda: fit_sklearn(x, y, lam, many, options.seed)
     if importlib.util.find_spec("glm_saga"):
-        contenders["glm-saga"] = lambda: fit_glm_saga(x, y, lam, wanted, options)
+        step = min((0.1, 0.03, 0.01), key=lambda step: judge(x, y, fit_glm_saga(x, y, lam, step, 20, options), lam))
+        contenders["glm-saga, objective"] = lambda: fit_glm_saga(x, y, lam, step, options.saga_epochs, options, wanted)
     else:
         print("glm-saga is left out, it is not installed: pip install 'cbm-lightning[bench]'")
     heads = take_turns(contenders, options.repeats)
-    seconds = {name: [head.seconds for head in turns] for name, turns in heads.items()}
-    best = exact.solution_.objective
-    print(f"\n{'':20}{'seconds':>24}{'objective / ours - 1':>22}{'/ optimum - 1':>15}{'KKT':>10}   NEC  effort")
+    print(f"\n{'':24}{'seconds':>24}{'objective / ours - 1':>22}{'/ optimum - 1':>15}{'KKT':>9}{'NEC':>6}  effort")
     for name, turns in heads.items():
-        objective, kkt = judge(x, y, turns[-1], lam)
-        gaps = f"{objective / wanted - 1:>22.1e}{objective / best - 1:>15.1e}{kkt:>10.1e}"
-        nec = (np.abs(turns[-1].weight) > 1e-5).sum() / SINGLE["classes"]
-        print(f"{name:20}{spread(seconds[name], 3):>24}{gaps}{nec:>6.1f}  {turns[-1].effort}")
-    for own in ("ElasticNetPath", "its solver alone"):
-        for name in [name for name in seconds if "saga" in name]:
-            ratio = [other / ours for other, ours in zip(seconds[name], seconds[own], strict=True)]
-            print(f"{name} / {own}: {spread(ratio, 1)}")
+        (objective, kkt), nec = judge(x, y, turns[-1], lam), (np.abs(turns[-1].weight) > 1e-5).sum() / SINGLE[2]
+        gaps = f"{objective / wanted - 1:>22.1e}{objective / best - 1:>15.1e}{kkt:>9.1e}{nec:>6.1f}"
+        print(f"{name:24}{spread([head.seconds for head in turns], 3):>24}{gaps}  {turns[-1].effort}")
+    for name, own in itertools.product(list(heads)[2:], list(heads)[:2]):
+        ratio = [other.seconds / ours.seconds for other, ours in zip(heads[name], heads[own], strict=True)]
+        print(f"{name} / {own}: {spread(ratio, 1)}")
+
+
+def factor_share(x: Array) -> float:
+    """Largest eigenvalue of the correlations over their sum."""
+    return float(np.linalg.eigvalsh(np.corrcoef(x.T))[-1] / x.shape[1])
 
 
 def fit_ours(x: Array, y: Array, lam: float) -> Head:
@@ -207,13 +210,12 @@ def solver_alone(x: Array, y: Array, lam: float) -> Callable[[], Head]:
 
 
 def fit_sklearn(x: Array, y: Array, lam: float, epochs: int, seed: int) -> Head:
-    """As many epochs as asked for, in single precision like ours."""
-    from sklearn.linear_model import LogisticRegression
-
+    """As many epochs as asked for; in double precision, in which it is faster and gets further than in single."""
     named = {} if tuple(map(int, sklearn.__version__.split(".")[:2])) >= (1, 8) else {"penalty": "elasticnet"}
     model = LogisticRegression(
         C=1 / (len(x) * lam), l1_ratio=ALPHA, solver="saga", tol=0.0, max_iter=epochs, random_state=seed, **named
     )
+    x = x.astype(np.float64)
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tol=0 is never met
@@ -221,21 +223,24 @@ def fit_sklearn(x: Array, y: Array, lam: float, epochs: int, seed: int) -> Head:
     return Head(model.coef_, model.intercept_, time.perf_counter() - start, f"{epochs} epochs")
 
 
-def fewest_epochs(x: Array, y: Array, lam: float, wanted: float, options: argparse.Namespace) -> int:
-    """Epochs that scikit-learn needs to come as low, found by doubling and halving; the most allowed if it does not."""
+def fewest_epochs(x: Array, y: Array, lam: float, wanted: float, options: argparse.Namespace) -> list[int]:
+    """Epochs that scikit-learn needs for the objective and for the KKT of ours, or the most allowed, to 5 %."""
 
-    def enough(epochs: int) -> bool:
-        return judge(x, y, fit_sklearn(x, y, lam, epochs, options.seed), lam)[0] <= wanted * (1 + EQUAL)
+    @functools.cache
+    def reached(epochs: int) -> tuple[bool, bool]:
+        objective, kkt = judge(x, y, fit_sklearn(x, y, lam, epochs, options.seed), lam)
+        return objective <= wanted * (1 + EQUAL), kkt <= TOL
 
-    few, many = 0, 8
-    while not enough(many):
-        few, many = many, 2 * many
-        if many > options.sklearn_epochs:
-            return int(options.sklearn_epochs)
-    while many - few > max(1, many // 50):
-        middle = (few + many) // 2
-        few, many = (few, middle) if enough(middle) else (middle, many)
-    return many
+    found = []
+    for criterion in (0, 1):
+        few, many = 0, 8
+        while many < options.sklearn_epochs and not reached(many)[criterion]:
+            few, many = many, min(2 * many, options.sklearn_epochs)
+        while many - few > max(1, many // 20):
+            middle = (few + many) // 2
+            few, many = (few, middle) if reached(middle)[criterion] else (middle, many)
+        found.append(many)
+    return found
 
 
 class Shuffled:
@@ -250,57 +255,49 @@ class Shuffled:
             yield self.x[rows], self.y[rows], rows
 
 
-def fit_glm_saga(x: Array, y: Array, lam: float, wanted: float, options: argparse.Namespace) -> Head:
+def fit_glm_saga(
+    x: Array, y: Array, lam: float, step: float, budget: int, options: argparse.Namespace, wanted: float = -np.inf
+) -> Head:
     """Rounds of epochs, each from where the last one stopped; the look at the objective between them is not timed."""
     from glm_saga.elasticnet import glm_saga
 
-    loader, linear = Shuffled(x, y, options.seed), torch.nn.Linear(x.shape[1], int(y.max()) + 1)
-    torch.nn.init.zeros_(linear.weight)
-    torch.nn.init.zeros_(linear.bias)
-    # its path of one penalty is the largest, which it takes from here and divides by alpha
-    metadata = {
-        "X": {"num_examples": len(x)},
-        "y": {"num_classes": len(linear.bias)},
-        "max_reg": {"nongrouped": lam * ALPHA},
-    }
+    loader, linear = Shuffled(x, y, options.seed), torch.nn.Linear(x.shape[1], SINGLE[2])
+    for parameter in linear.parameters():
+        torch.nn.init.zeros_(parameter)
+    # a path of one penalty holds the largest only, which it takes from here and divides by alpha
+    metadata = {"X": {"num_examples": len(x)}, "y": {"num_classes": SINGLE[2]}, "max_reg": {"nongrouped": lam * ALPHA}}
+    given = {"k": 1, "do_zero": False, "tol": 0.0, "metadata": metadata}
     state, seconds, epochs = None, 0.0, 0
     while True:
-        some = min(10, options.saga_epochs - epochs)
+        some = min(10, budget - epochs)
         start = time.perf_counter()
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # softmax without a dimension
-            found = glm_saga(
-                linear,
-                loader,
-                options.saga_step,
-                some,
-                ALPHA,
-                k=1,
-                do_zero=False,
-                tol=0.0,
-                metadata=metadata,
-                state=state,
-            )
-        seconds, epochs, state = seconds + time.perf_counter() - start, epochs + some, found["state"]
-        head = Head(*(p.detach().numpy().copy() for p in linear.parameters()), seconds, f"{epochs} epochs")
-        if epochs >= options.saga_epochs or judge(x, y, head, lam)[0] <= wanted * (1 + EQUAL):
+            state = glm_saga(linear, loader, step, some, ALPHA, state=state, **given)["state"]
+        seconds, epochs = seconds + time.perf_counter() - start, epochs + some
+        parameters = (parameter.detach().numpy().copy() for parameter in linear.parameters())
+        head = Head(*parameters, seconds, f"{epochs} epochs, step {step}")
+        if epochs >= budget or judge(x, y, head, lam)[0] <= wanted * (1 + EQUAL):
             return head
 
 
 # ---------------------------------------------------------------- b. six levels
 
 
-def levels(options: argparse.Namespace) -> None:
+def levels(correlation: str, options: argparse.Namespace) -> None:
     """One search for all levels of the protocol, and what it found."""
-    drawn = DrawnConcepts(PATH["concepts"], PATH["classes"], options.seed)
-    (x, y), (test_x, test_y) = drawn.draw(PATH["samples"]), drawn.draw(4000)
+    drawn = DrawnConcepts(*PATH[1:], correlation, options.seed)
+    (x, y), (test_x, test_y) = drawn.draw(PATH[0]), drawn.draw(4000)
     seconds = []
     for _ in range(options.repeats):
         start = time.perf_counter()
         path = ElasticNetPath(nec=LEVELS, alpha=ALPHA, tol=TOL).fit(x, y)
         seconds.append(time.perf_counter() - start)
     steps = sum(solution.iterations for solution in path.path_)
-    print(f"\nb. {PATH}: {spread(seconds, 1)} s for six levels, {len(path.path_)} penalties, {steps} steps in all\n")
+    print(
+        f"\nb. n, K, L {PATH}, {correlation} correlation: {spread(seconds, 1)} s for six levels, {len(path.path_)} "
+        f"penalties, {steps} steps in all\n"
+    )
     print("level  NEC found    lambda  KKT, own  KKT, double  steps  test accuracy, pruned")
     accuracies, missed = [], []
     for level in LEVELS:
@@ -312,23 +309,21 @@ def levels(options: argparse.Namespace) -> None:
         print(f"{row}{accuracies[-1]:>23.3f}")
         if not level <= found.nec <= 1.02 * level:
             missed.append(level)
-    print(
-        f"ANEC {statistics.mean(accuracies):.3f}, and {path.path_[-1].lam / path.lambda_max_:.2g} of the largest penalty"
-    )
+    print(f"ANEC {statistics.mean(accuracies):.3f}")
     if missed:
         sys.exit(f"the number of effective concepts is not within 2 % at the levels {missed}")
 
 
-# ---------------------------------------------------------------- c. in chunks
+# ---------------------------------------------------------------- large, in chunks
 
 
-def large(options: argparse.Namespace) -> None:
+def large(correlation: str, options: argparse.Namespace) -> None:
     """Write the scores piece by piece, fit them in a process of its own."""
-    samples, concepts, classes = LARGE.values()
+    samples, concepts, classes = LARGE
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         x = np.memmap(folder / "scores", np.float32, "w+", shape=(samples, concepts))
-        y, drawn = np.empty(samples, np.int64), DrawnConcepts(concepts, classes, options.seed)
+        y, drawn = np.empty(samples, np.int64), DrawnConcepts(concepts, classes, correlation, options.seed)
         for start in range(0, samples, 10_000):
             x[start : start + 10_000], y[start : start + 10_000] = drawn.draw(min(10_000, samples - start))
         x.flush()
@@ -341,7 +336,7 @@ def large(options: argparse.Namespace) -> None:
     chunk = found["chunk_size"]
     bound = 4 * (4 * samples * classes + 3 * chunk * (concepts + classes) + 4 * concepts**2 + 20 * concepts * classes)
     print(
-        f"\nc. {LARGE}, {x.nbytes / 1e6:.0f} MB of scores in chunks of {chunk} rows: {found['seconds']:.1f} s, "
+        f"\nlarge. n, K, L {LARGE}, {correlation} correlation, {x.nbytes / 1e6:.0f} MB of scores in chunks of {chunk} rows: {found['seconds']:.1f} s, "
         f"{found['steps']} steps, NEC {found['nec']:.1f}, KKT {found['kkt']:.1e} ({found['double']:.1e} in double "
         f"precision)\npeak memory {found['peak'] / 1e6:.0f} MB beyond the {found['before'] / 1e6:.0f} MB before, bound "
         f"{bound / 1e6:.0f} MB"
@@ -352,12 +347,12 @@ def large(options: argparse.Namespace) -> None:
 
 def large_alone(options: argparse.Namespace) -> dict[str, float]:
     """Fit in this process, and by how much its own memory grew; pages of the file are the system's to drop."""
-    samples, concepts, classes = LARGE.values()
+    samples, concepts, classes = LARGE
     x = np.memmap(options.alone / "scores", np.float32, "r", shape=(samples, concepts))
     y = np.load(options.alone / "labels.npy")
     path = ElasticNetPath(n_lambdas=1, eps=options.share, alpha=ALPHA, tol=TOL, chunk_size=options.chunk_size)
     # libraries load and threads start here, not in what is measured
-    ElasticNetPath(n_lambdas=1, eps=0.5, chunk_size=500).fit(*DrawnConcepts(concepts, classes, 0).draw(1000))
+    ElasticNetPath(n_lambdas=1, eps=0.5, chunk_size=500).fit(*DrawnConcepts(concepts, classes, "mild", 0).draw(1000))
     before, start = anonymous_memory(), time.perf_counter()
     peak, over = [before], threading.Event()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, get_args
@@ -104,6 +104,7 @@ class SparsitySchedule(Callback):
         self._penalties: dict[str, Penalty] = {}
         # what the last step left, which averaged weights do not know
         self._alive: dict[str, Tensor] = {}
+        self._masks: dict[str, Tensor] = {}
         self._handles: list[Any] = []
 
     @property
@@ -196,7 +197,7 @@ class SparsitySchedule(Callback):
         if not stepped:
             return
         with torch.no_grad():
-            excess = self._excess(pl_module, stepped)
+            excess = self._excess(pl_module)
             strength = self.strength_at(fraction) * math.exp(PROPORTIONAL * excess)
             for name, (group, parameter) in stepped.items():
                 if fraction > 1.0 - self.finetune or self.mode == "cubic":
@@ -226,33 +227,35 @@ class SparsitySchedule(Callback):
                 come = ramp(fraction, self.begin, self.end, "cubic")
                 keep = keep_largest(weight, columns - (columns - self.target_nec) * come)
         elif bool(mask.all()):
+            # the optimizer's step has moved what the last proximal step had made zero
+            weight = self._by_concept(name, parameter * self._alive[name], pl_module)
             keep = (weight != 0).any(2) if self.target_nec is None else keep_largest(weight, self.target_nec)
         if keep is not None:
             mask.copy_(keep.unsqueeze(-1).expand_as(weight).reshape(mask.shape))
             parameter.mul_(mask)
 
-    def _excess(self, pl_module: LightningModule, names: Iterable[str]) -> float:
-        """Logarithm of how many times too many weights there are, in [-1, 1]; 0 where none are counted."""
+    def _excess(self, pl_module: LightningModule) -> float:
+        """Logarithm of how many times too many weights the last step left, in [-1, 1]; 0 where none are counted."""
         if self.mode != "adaptive" or self.target_nec is None:
             return 0.0
-        found = [
-            Sparsity.of(self._by_concept(name, pl_module.get_parameter(name), pl_module), 0.0).nec for name in names
-        ]
-        return min(max(math.log(max(sum(found) / len(found), 1e-2) / self.target_nec), -1.0), 1.0)
+        alive = [self._by_concept(name, alive, pl_module).any(2) for name, alive in self._alive.items()]
+        found = sum(float(each.sum()) / len(each) for each in alive) / len(alive)
+        return min(max(math.log(max(found, 1e-2) / self.target_nec), -1.0), 1.0)
 
     # ---------------------------------------------------------------- averaged weights
 
     def _remember(self, pl_module: LightningModule) -> None:
         self._alive = {name: pl_module.get_parameter(name) != 0 for name in self._penalties}
+        if self.masks:
+            self._masks = {name: mask_of(pl_module, name).clone() for name in self._penalties}
 
     def _restore_zeros(self, state: Mapping[str, Tensor]) -> None:
-        """Make weights zero that are zero in the model that trains; averages of its past are not."""
+        """Make weights zero that are zero in the model that trains; averages of its past are not, nor are its masks."""
         with torch.no_grad():
             for name, alive in self._alive.items():
                 state[name].mul_(alive.to(state[name].device))
-                if name + SUFFIX in state:
-                    # what averages weights has blended the masks as well
-                    state[name + SUFFIX].copy_(state[name + SUFFIX] * alive.to(state[name].device) > 0)
+            for name, mask in self._masks.items():
+                state[name + SUFFIX].copy_(mask)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge averaged weights with their zeros."""
