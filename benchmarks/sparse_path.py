@@ -5,7 +5,7 @@
 a. One penalty, n=4,000, K=120, L=10, from nothing: `ElasticNetPath` in single precision until the optimality conditions
    (KKT) hold to 1e-5; scikit-learn's ``saga`` for as few epochs as bring its objective within 1e-4 of that, and for as
    few as bring its KKT to 1e-5; ``glm-saga`` (PyPI) to the same objective or for a budget of epochs. All get the same
-   standardised scores. They take turns, ratios are taken within a turn, and one function in double precision judges all.
+   standardised scores. They take turns, ratios are taken within a turn; one function in double precision judges all.
 b. The six levels of the ANEC protocol (VLG-CBM) at n=16,000, K=400, L=50. Fails where a level's number of effective
    concepts (NEC) before pruning is not within 2 %.
 large. One penalty at n=200,000, K=512, L=100, read in chunks from a file, in a process of its own: seconds and peak
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", nargs="+", default=["a", "b"], choices=["a", "b", "large"])
     parser.add_argument("--large", action="store_true", help="the same as naming this part too")
-    parser.add_argument("--correlation", nargs="+", default=list(CORRELATIONS), choices=list(CORRELATIONS))
+    parser.add_argument("--correlation", nargs="+", choices=list(CORRELATIONS), help="both for a, else mild")
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender of a, and fits of b")
     parser.add_argument("--seed", type=int, default=0, help="of the data and of the stochastic solvers")
     parser.add_argument("--nec", type=float, default=20, help="effective concepts at the penalty of a")
@@ -82,18 +82,15 @@ def main() -> None:
         return
     print(f"torch {torch.__version__}, scikit-learn {sklearn.__version__}, {torch.get_num_threads()} threads")
     for part, measure in {"a": single, "b": levels, "large": large}.items():
-        for correlation in options.correlation:
-            if part in options.part or (part == "large" and options.large):
+        if part in options.part or (part == "large" and options.large):
+            for correlation in options.correlation or (CORRELATIONS if part == "a" else ["mild"]):
                 measure(correlation, options)
-
-
-# ---------------------------------------------------------------- data and judge
 
 
 class DrawnConcepts:
     """Concept scores, and labels from a softmax on fifteen concepts a class.
 
-    A concept is a mix of K / 4 factors, the j-th of variance ``j ** -decay``, and noise of its own, in units of its own.
+    A concept is a mix of K / 4 factors, the j-th of variance ``j ** -decay``, and own noise, in units of its own.
     """
 
     def __init__(self, concepts: int, classes: int, correlation: str, seed: int) -> None:
@@ -143,9 +140,6 @@ def judge(x: Array, y: Array, solution: SparseSolution | Head, lam: float) -> tu
     return float(objective), float(max(miss.max(), np.abs(by_bias).max()))
 
 
-# ---------------------------------------------------------------- a. one penalty
-
-
 def single(correlation: str, options: argparse.Namespace) -> None:
     """Time every contender, in turns."""
     x, y = DrawnConcepts(*SINGLE[1:], correlation, options.seed).draw(SINGLE[0])
@@ -154,9 +148,11 @@ def single(correlation: str, options: argparse.Namespace) -> None:
     lam = searched.at_nec(options.nec).lam
     exact = ElasticNetPath(lambdas=lam, alpha=ALPHA, dtype="float64", tol=1e-8, max_iter=10_000).fit(x, y)
     best = judge(x, y, exact.solution_, lam)[0]
+    share = np.linalg.eigvalsh(np.corrcoef(x.T))[-1] / x.shape[1]
     print(
-        f"\na. n, K, L {SINGLE}, {correlation} correlation (the first factor has {factor_share(x):.0%} of the variance), "
-        f"lambda {lam:.2e}, {lam / searched.lambda_max_:.1%} of the largest, training accuracy {exact.score(x, y):.3f}"
+        f"\na. n, K, L {SINGLE}, {correlation} correlation (the first component has {share:.0%} of the "
+        f"variance), lambda {lam:.2e}, {lam / searched.lambda_max_:.1%} of the largest, accuracy in training "
+        f"{exact.score(x, y):.3f}"
     )
     wanted = judge(x, y, fit_ours(x, y, lam), lam)[0]
     contenders = {"ElasticNetPath": lambda: fit_ours(x, y, lam), "its solver alone": solver_alone(x, y, lam)}
@@ -177,11 +173,6 @@ def single(correlation: str, options: argparse.Namespace) -> None:
     for name, own in itertools.product(list(heads)[2:], list(heads)[:2]):
         ratio = [other.seconds / ours.seconds for other, ours in zip(heads[name], heads[own], strict=True)]
         print(f"{name} / {own}: {spread(ratio, 1)}")
-
-
-def factor_share(x: Array) -> float:
-    """Largest eigenvalue of the correlations over their sum."""
-    return float(np.linalg.eigvalsh(np.corrcoef(x.T))[-1] / x.shape[1])
 
 
 def fit_ours(x: Array, y: Array, lam: float) -> Head:
@@ -281,9 +272,6 @@ def fit_glm_saga(
             return head
 
 
-# ---------------------------------------------------------------- b. six levels
-
-
 def levels(correlation: str, options: argparse.Namespace) -> None:
     """One search for all levels of the protocol, and what it found."""
     drawn = DrawnConcepts(*PATH[1:], correlation, options.seed)
@@ -314,9 +302,6 @@ def levels(correlation: str, options: argparse.Namespace) -> None:
         sys.exit(f"the number of effective concepts is not within 2 % at the levels {missed}")
 
 
-# ---------------------------------------------------------------- large, in chunks
-
-
 def large(correlation: str, options: argparse.Namespace) -> None:
     """Write the scores piece by piece, fit them in a process of its own."""
     samples, concepts, classes = LARGE
@@ -336,10 +321,10 @@ def large(correlation: str, options: argparse.Namespace) -> None:
     chunk = found["chunk_size"]
     bound = 4 * (4 * samples * classes + 3 * chunk * (concepts + classes) + 4 * concepts**2 + 20 * concepts * classes)
     print(
-        f"\nlarge. n, K, L {LARGE}, {correlation} correlation, {x.nbytes / 1e6:.0f} MB of scores in chunks of {chunk} rows: {found['seconds']:.1f} s, "
-        f"{found['steps']} steps, NEC {found['nec']:.1f}, KKT {found['kkt']:.1e} ({found['double']:.1e} in double "
-        f"precision)\npeak memory {found['peak'] / 1e6:.0f} MB beyond the {found['before'] / 1e6:.0f} MB before, bound "
-        f"{bound / 1e6:.0f} MB"
+        f"\nlarge. n, K, L {LARGE}, {correlation} correlation, {x.nbytes / 1e6:.0f} MB of scores in chunks of {chunk} "
+        f"rows: {found['seconds']:.1f} s, {found['steps']} steps, NEC {found['nec']:.1f}, KKT {found['kkt']:.1e} "
+        f"({found['double']:.1e} in double precision)\npeak memory {found['peak'] / 1e6:.0f} MB beyond the "
+        f"{found['before'] / 1e6:.0f} MB before, bound {bound / 1e6:.0f} MB"
     )
     if found["peak"] > bound:
         sys.exit("the stated bound of the memory is exceeded")
@@ -383,9 +368,6 @@ def anonymous_memory() -> int:
     """Bytes of this process that are in memory and belong to no file."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
-
-
-# ---------------------------------------------------------------- measuring
 
 
 def take_turns(contenders: dict[str, Callable[[], Head]], repeats: int) -> dict[str, list[Head]]:

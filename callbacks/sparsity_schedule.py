@@ -106,6 +106,7 @@ class SparsitySchedule(Callback):
         self._alive: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+        self._copies: list[nn.Module] = []
 
     @property
     def state_key(self) -> str:
@@ -139,6 +140,8 @@ class SparsitySchedule(Callback):
                 "SparsitySchedule must come after the callback that averages weights, for averages of zeros and "
                 "other numbers are not zero; swap them in the list of callbacks"
             )
+        # made in the setup of the callback before
+        self._copies = [c.module for a in averaging for c in vars(a).values() if isinstance(c, AveragedModel)]
         known = dict(pl_module.named_parameters())
         found = [name for name in known if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
         for pattern in self.patterns:
@@ -149,9 +152,7 @@ class SparsitySchedule(Callback):
             groups = self._groups(name, known[name], pl_module)
             self._penalties[name] = make_penalty(self.penalty, self.alpha, self.group_dim, groups)
             if self.masks:
-                # a copy of the model that averages its weights was made before
-                copies = [c.module for a in averaging for c in vars(a).values() if isinstance(c, AveragedModel)]
-                for model in (pl_module, *copies):
+                for model in (pl_module, *self._copies):
                     attach_mask(model, name)
 
     def _check_parameter(self, name: str, parameter: nn.Parameter, pl_module: LightningModule) -> None:
@@ -179,10 +180,11 @@ class SparsitySchedule(Callback):
         self._remember(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let go of the optimizers."""
+        """Let go of optimizers and weights."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._copies = [], []
+        self._penalties, self._alive, self._masks = {}, {}, {}
 
     # ---------------------------------------------------------------- after a step
 
@@ -263,7 +265,8 @@ class SparsitySchedule(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End with the zeros, where averaged weights have just replaced the others."""
-        self._restore_zeros(pl_module.state_dict())
+        for model in (pl_module, *self._copies):
+            self._restore_zeros(model.state_dict())
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save averaged weights with their zeros."""
