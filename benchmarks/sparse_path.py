@@ -42,7 +42,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from cbm_lightning.sparsity import ElasticNet, ElasticNetPath, SparseSolution
-from cbm_lightning.sparsity.design import Design
+from cbm_lightning.sparsity.design import CHUNK_NUMBERS, Design
 from cbm_lightning.sparsity.families import make_family
 from cbm_lightning.sparsity.solver import Problem, solve
 
@@ -356,7 +356,7 @@ def large_alone(options: argparse.Namespace) -> dict[str, float]:
         "seconds": seconds,
         "before": before,
         "peak": peak[0] - before,
-        "chunk_size": Design(x[:1], chunk_size=options.chunk_size).chunk_size,
+        "chunk_size": options.chunk_size or CHUNK_NUMBERS // concepts,
         "steps": solution.iterations,
         "nec": solution.nec,
         "kkt": solution.kkt,

@@ -2,6 +2,7 @@
 
 from cbm_lightning.callbacks.intervention_evaluation import InterventionEvaluation
 from cbm_lightning.callbacks.prediction_table import PredictionTable
+from cbm_lightning.callbacks.sparsity_evaluation import SparsityEvaluation
 from cbm_lightning.callbacks.sparsity_schedule import SparsitySchedule
 
-__all__ = ["InterventionEvaluation", "PredictionTable", "SparsitySchedule"]
+__all__ = ["InterventionEvaluation", "PredictionTable", "SparsityEvaluation", "SparsitySchedule"]

@@ -87,6 +87,28 @@ def log_figure(trainer: Trainer, name: str, figure: Figure) -> None:
         log_image(trainer, name, rasterize(figure))
 
 
+def log_html(trainer: Trainer, name: str, page: str) -> None:
+    """Log a page of HTML under a name at the current step, on the first process only.
+
+    Wandb shows it; for all other loggers, and where there is none, it is written to ``media/NAME-step=STEP.html``.
+
+    Args:
+        trainer: Its loggers are used.
+        name: Name of the value; slashes make folders of files.
+        page: The whole page.
+    """
+    if not trainer.is_global_zero:
+        return
+    step = trainer.global_step
+    for logger, experiment in _targets(trainer):
+        if hasattr(logger, "log_table") and hasattr(experiment, "log"):
+            import wandb
+
+            experiment.log({name: wandb.Html(page, inject=False), "trainer/global_step": step})
+        else:
+            _write(_folder(trainer, logger), f"{name}-step={step}.html", page.encode())
+
+
 def rasterize(figure: Figure) -> Tensor:
     """The pixels ``[3, H, W]`` (uint8) of a matplotlib figure at its own size and resolution."""
     import numpy as np

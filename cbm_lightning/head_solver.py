@@ -12,6 +12,7 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from cbm_lightning.labels import Task
 from cbm_lightning.optimization import resolve
 from cbm_lightning.sparsity.nec import Sparsity
+from cbm_lightning.sparsity.outputs import fill_rows
 from cbm_lightning.types import ConceptOutput
 
 if TYPE_CHECKING:
@@ -107,7 +108,12 @@ class HeadSolver:
             self.estimator.fit(values, labels, self._names())
         else:
             self.estimator.fit(values.numpy(), labels.numpy())
-        weight, bias = self._rows(values)
+        coef = torch.as_tensor(self.estimator.coef_).float()
+        intercept = torch.as_tensor(self.estimator.intercept_).float().expand(len(coef))
+        classes = torch.as_tensor(self.estimator.classes_).long()
+        weight, bias = fill_rows(
+            coef, intercept, classes, self.head.num_outputs, values.to(device), distributed=world_size > 1
+        )
         self.head.set_linear(weight, bias)
         found = Sparsity.of(weight[:, : layout.concepts * layout.width].unflatten(1, (layout.concepts, layout.width)))
         rank_zero_info(
@@ -120,22 +126,3 @@ class HeadSolver:
         layout = self.head.layout
         names = [name for name in self.concepts.names for _ in range(layout.width)]
         return names + [f"unsupervised {i}" for i in range(layout.extra)]
-
-    def _rows(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and biases with a row for each output of the head, whatever classes the samples had."""
-        coef = torch.as_tensor(self.estimator.coef_).float()
-        intercept = torch.as_tensor(self.estimator.intercept_).float().expand(len(coef))
-        outputs = self.head.num_outputs
-        classes = torch.as_tensor(self.estimator.classes_).long()
-        if len(coef) == 1 and outputs > 1:
-            # one logit for two classes, shared out between both
-            coef, intercept = torch.cat([-coef, coef]) / 2, torch.cat([-intercept, intercept]) / 2
-        elif len(coef) == 2 and outputs == 1:
-            coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
-        if len(coef) == outputs:
-            return coef, intercept
-        # a class without a sample is never the likeliest on what was seen
-        lowest = (values @ coef.T + intercept).min()
-        weight, bias = coef.new_zeros(outputs, coef.shape[1]), lowest.expand(outputs).clone()
-        weight[classes], bias[classes] = coef, intercept
-        return weight, bias

@@ -55,6 +55,10 @@ class LabelHead(Part):
         """``[L, K, m]`` if the logits are linear in the values: how each number of a concept weighs on each class."""
         return None
 
+    def linear_map(self) -> tuple[Tensor, Tensor] | None:
+        """Weights ``[L, V]`` and biases ``[L]`` if the logits are linear in the values and depend on nothing else."""
+        return None
+
     def check_solver(self, options: Mapping[str, Any]) -> None:
         """Check that `set_linear` can take over what an estimator of these options fits.
 

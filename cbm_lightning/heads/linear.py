@@ -45,6 +45,11 @@ class LinearHead(LabelHead):
         weight: Tensor = self.linear.weight[:, : concepts * width].unflatten(1, (concepts, width))
         return weight
 
+    def linear_map(self) -> tuple[Tensor, Tensor]:
+        """Weights ``[L, V]`` and biases ``[L]``, zero without a bias."""
+        weight: Tensor = self.linear.weight
+        return weight, self.linear.bias if self.bias else weight.new_zeros(len(weight))
+
     def check_solver(self, options: Mapping[str, Any]) -> None:
         """Any linear classifier will do; one without biases if the head has none."""
         if not self.bias and options.get("fit_intercept", True):

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from cbm_lightning.sparsity.nec import Sparsity, nec
 from cbm_lightning.sparsity.penalties import ElasticNet, GroupElasticNet, Penalty
 from cbm_lightning.sparsity.pruning import keep_largest, keep_top_k
+from cbm_lightning.sparsity.report import as_html, as_text, kept_concepts
 from cbm_lightning.sparsity.solution import SparseSolution
+from cbm_lightning.sparsity.study import NECResult, NECStudy
 
 if TYPE_CHECKING:
     from cbm_lightning.sparsity.elastic_net_path import ElasticNetPath
@@ -21,6 +23,11 @@ __all__ = [
     "keep_top_k",
     "Penalty",
     "ElasticNet",
+    "NECStudy",
+    "NECResult",
+    "kept_concepts",
+    "as_text",
+    "as_html",
     "GroupElasticNet",
 ]
 

@@ -99,9 +99,7 @@ class Design:
         return self.sum(total) / self.rows
 
     def _read(self, rows: slice) -> Tensor:
-        part = self.x[rows]
-        part = part if isinstance(part, Tensor) else torch.from_numpy(np.ascontiguousarray(part))
-        return part.detach().to(self.device, self.dtype)
+        return as_tensor(self.x[rows]).to(self.device, self.dtype)
 
     def _standardize(self, standardize: bool, center: bool) -> None:
         """Two passes, in double precision, as the textbook variance in one would cancel digits."""
@@ -135,6 +133,18 @@ class Design:
             self.mean = mean.to(self.dtype)
         if self.chunk_size >= self.local_rows:
             self._kept = (self._read(slice(0, self.local_rows)) - self.mean) / self.scale
+
+
+def as_tensor(x: Any) -> Tensor:
+    """An array or tensor as a tensor without gradient; arrays that must not be written to, or not lie in order, too."""
+    if isinstance(x, Tensor):
+        return x.detach()
+    array = np.asarray(x)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"X: expected numbers, got an array of {array.dtype}")
+    # torch shares the memory of arrays, and of none that is read-only, reversed or of another byte order
+    shareable = array.flags.writeable and array.flags.c_contiguous and array.dtype.isnative
+    return torch.from_numpy(array if shareable else np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
 
 
 def _shown(names: Sequence[str], most: int = 8) -> str:

@@ -15,9 +15,9 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from cbm_lightning.sparsity.design import Design
+from cbm_lightning.sparsity.design import Design, as_tensor
 from cbm_lightning.sparsity.families import FamilyName, make_family
-from cbm_lightning.sparsity.labels import encode_labels
+from cbm_lightning.sparsity.labels import EncodedLabels, encode_labels
 from cbm_lightning.sparsity.penalties import KeptRidge, Penalty, PenaltyName, make_penalty
 from cbm_lightning.sparsity.search import find_levels
 from cbm_lightning.sparsity.solution import SparseSolution
@@ -135,27 +135,39 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
                 differ, or ``nec`` is above the number of concepts.
         """
         self._check()
-        problem = self._problem(X, y, names)
-        penalty = self._penalty(problem.design)
-        null = problem.null()
-        self.lambda_max_ = penalty.null_strength(problem.gradient(problem.logits(null))[0])
-        levels = _as_list(self.nec)
-        if self.nec is not None and levels[-1] > self.n_features_in_ / self.group_size:
-            raise ValueError(
-                f"nec: expected at most the {self.n_features_in_ // self.group_size} concepts of X, got {levels[-1]}"
-            )
-        if self.nec is None:
-            self.path_ = self._follow(problem, penalty, null)
+        problem, encoded = self._problem(X, y, names)
+        concepts, levels = problem.design.columns // self.group_size, _as_list(self.nec)
+        if levels and levels[-1] > concepts:
+            raise ValueError(f"nec: expected at most the {concepts} concepts of X, got {levels[-1]}")
+        penalty, null = self._penalty(problem.design), problem.null()
+        largest = penalty.null_strength(problem.gradient(problem.logits(null))[0])
+        if largest == 0:
+            # no score differs between the classes, which the warning of constant concepts has said
+            path = [self._solve(problem, penalty, 0.0, null)[0]]
+            chosen = path[0]
+        elif self.nec is None:
+            path = self._follow(problem, penalty, null, largest)
+            chosen = path[-1]
         else:
-            path = find_levels(
-                lambda lam, start: self._solve(problem, penalty, lam, start), levels, self.lambda_max_, self.eps, null
+            found = find_levels(
+                lambda lam, start: self._solve(problem, penalty, lam, start), levels, largest, self.eps, null
             )
-            self.path_ = sorted(path, key=lambda solution: -solution.lam)
-        self._select(problem, self.path_[-1] if self.nec is None else self.at_nec(levels[-1]))
+            path = sorted(found, key=lambda solution: -solution.lam)
+            chosen = at_nec(path, levels[-1])
+        if self.refit_ridge is not None:
+            chosen = self._refit(problem, chosen, self.refit_ridge)
+        # nothing of a fit that failed is kept
+        self.path_, self.solution_, self.lambda_max_ = path, chosen, largest
+        self.coef_, self.intercept_ = chosen.coef.cpu().numpy(), chosen.intercept.cpu().numpy()
+        self.n_features_in_, self.classes_, self.multilabel_ = (
+            problem.design.columns,
+            encoded.classes,
+            encoded.multilabel,
+        )
         return self
 
     def at_nec(self, level: float, prune: bool = True) -> SparseSolution:
-        """The first solution of the path with so many effective concepts, pruned to exactly as many.
+        """The solution of the path with so many effective concepts or few more, pruned to exactly as many.
 
         The densest solution where none has enough.
 
@@ -164,10 +176,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             prune: Keep the largest weights only, as many as asked for (VLG-CBM's protocol).
         """
         check_is_fitted(self)
-        found = next((solution for solution in self.path_ if solution.nec >= level), None)
-        if found is None:
-            return max(self.path_, key=lambda solution: solution.nec)
-        return found.pruned(level) if prune else found
+        return at_nec(self.path_, level, prune)
 
     def refit(self, solution: SparseSolution, X: Any, y: Any, ridge: float = 1e-3) -> SparseSolution:
         """Fit the weights that a solution keeps anew, with a ridge instead of the penalty.
@@ -175,19 +184,31 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         Args:
             solution: Its zeros stay.
             X: As in `fit`.
-            y: As in `fit`.
-            ridge: Strength of the ridge; without one, weights grow without end where classes are separable.
+            y: As in `fit`, with the same classes.
+            ridge: Strength of the ridge, above 0: without one, weights grow without end where classes are separable.
+
+        Raises:
+            ValueError: Columns or classes are others than in `fit`, or the ridge is not positive.
         """
-        return self._refit(self._problem(X, y, None), solution, ridge)
+        check_is_fitted(self)
+        if not ridge > 0:
+            raise ValueError(f"ridge: expected a positive number, got {ridge}")
+        problem, encoded = self._problem(X, y, None)
+        self._check_columns(problem.design.columns)
+        if not np.array_equal(encoded.classes, self.classes_):
+            raise ValueError(f"y: expected the classes {self.classes_.tolist()}, got {encoded.classes.tolist()}")
+        return self._refit(problem, solution, ridge)
 
     def decision_function(self, X: Any) -> Any:
-        """``[n, L]`` logits (``[n]`` where there is one row); an array for arrays, a tensor for tensors.
+        """``[n, L]`` logits, or ``[n]`` for two classes (of the second); an array for arrays, a tensor for tensors.
 
         Raises:
             ValueError: ``X`` has another number of columns than in `fit`.
         """
         logits = self._logits(X)
-        return _like(X, logits.squeeze(-1) if logits.shape[1] == 1 else logits)
+        if len(self.classes_) == 2 and not self.multilabel_:
+            logits = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+        return _like(X, logits)
 
     def predict(self, X: Any) -> Any:
         """``[n]`` labels, or ``[n, L]`` of 0 and 1 for several labels a sample."""
@@ -196,7 +217,10 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             return _like(X, (logits > 0).long())
         rows = (logits[:, 0] > 0).long() if logits.shape[1] == 1 else logits.argmax(-1)
         labels = self.classes_[rows.cpu().numpy()]
-        return torch.from_numpy(labels).to(X.device) if isinstance(X, Tensor) else labels
+        # there are no tensors of text
+        return (
+            torch.from_numpy(labels).to(X.device) if isinstance(X, Tensor) and labels.dtype.kind in "iufb" else labels
+        )
 
     def predict_proba(self, X: Any) -> Any:
         """``[n, L]`` probabilities, which sum to one except for several labels a sample."""
@@ -230,12 +254,14 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             raise ValueError(f"tol: expected a positive number, got {self.tol}")
         if self.refit_ridge is not None and not self.refit_ridge > 0:
             raise ValueError(f"refit_ridge: expected a positive number or None, got {self.refit_ridge}")
+        if self.max_nec is not None and not self.max_nec > 0:
+            raise ValueError(f"max_nec: expected a positive number of effective concepts or None, got {self.max_nec}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {list(DTYPES)}, got {self.dtype!r}")
         make_penalty(self.penalty, self.alpha)
         make_family(self.family)
 
-    def _problem(self, X: Any, y: Any, names: Sequence[str] | None) -> Problem:
+    def _problem(self, X: Any, y: Any, names: Sequence[str] | None) -> tuple[Problem, EncodedLabels]:
         if hasattr(X, "columns"):
             names = names or [str(column) for column in X.columns]
             X = X.to_numpy()
@@ -253,9 +279,8 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if design.columns % self.group_size:
             raise ValueError(f"group_size: {self.group_size} columns a concept do not divide the {design.columns} of X")
         encoded = encode_labels(y, self.family, design)
-        self.n_features_in_, self.classes_, self.multilabel_ = design.columns, encoded.classes, encoded.multilabel
         family = make_family(self.family)
-        return Problem(design, encoded.targets, family, encoded.prevalence, intercept=self.fit_intercept)
+        return Problem(design, encoded.targets, family, encoded.prevalence, self.fit_intercept), encoded
 
     def _penalty(self, design: Design) -> Penalty:
         groups = torch.arange(design.columns, device=design.device) // self.group_size
@@ -285,12 +310,12 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         return solution, solved.point
 
-    def _follow(self, problem: Problem, penalty: Penalty, start: Point) -> list[SparseSolution]:
+    def _follow(self, problem: Problem, penalty: Penalty, start: Point, largest: float) -> list[SparseSolution]:
         """Solve for one penalty after another, each from the solution before."""
         lambdas = sorted(_as_list(self.lambdas), reverse=True)
         if self.lambdas is None:
             shares = np.geomspace(1.0, self.eps, self.n_lambdas) if self.n_lambdas > 1 else np.array([self.eps])
-            lambdas = [self.lambda_max_ * float(share) for share in shares]
+            lambdas = [largest * float(share) for share in shares]
         path: list[SparseSolution] = []
         for lam in lambdas:
             solution, start = self._solve(problem, penalty, lam, start)
@@ -305,19 +330,27 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         fitted, _ = self._solve(problem, keep, ridge, start)
         return replace(fitted, lam=solution.lam)
 
-    def _select(self, problem: Problem, solution: SparseSolution) -> None:
-        if self.refit_ridge is not None:
-            solution = self._refit(problem, solution, self.refit_ridge)
-        self.solution_ = solution
-        self.coef_, self.intercept_ = solution.coef.cpu().numpy(), solution.intercept.cpu().numpy()
-
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self)
-        x = X if isinstance(X, Tensor) else torch.from_numpy(np.asarray(X))
-        if x.ndim != 2 or x.shape[1] != self.n_features_in_:
-            raise ValueError(f"X: expected [n, {self.n_features_in_}], as in fit, got {list(x.shape)}")
+        x = as_tensor(X)
+        if x.ndim != 2:
+            raise ValueError(f"X: expected a matrix [n, {self.n_features_in_}], got {list(x.shape)}")
+        self._check_columns(x.shape[1])
         coef, intercept = (torch.from_numpy(a).to(x.device) for a in (self.coef_, self.intercept_))
-        return x.detach().to(coef.dtype) @ coef.T + intercept
+        return x.to(coef.dtype) @ coef.T + intercept
+
+    def _check_columns(self, columns: int) -> None:
+        if columns != self.n_features_in_:
+            raise ValueError(f"X: expected the {self.n_features_in_} columns of fit, got {columns}")
+
+
+def at_nec(path: Sequence[SparseSolution], level: float, prune: bool = True) -> SparseSolution:
+    """See `ElasticNetPath.at_nec`; the path begins with the largest penalty."""
+    enough = [solution for solution in path if solution.nec >= level]
+    if not enough:
+        return max(path, key=lambda solution: solution.nec)
+    found = min(enough, key=lambda solution: solution.nec)
+    return found.pruned(level) if prune else found
 
 
 def _as_list(given: float | Sequence[float] | None) -> list[float]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cbm_lightning.sparsity.design import Design
+from cbm_lightning.sparsity.design import Design, as_tensor
 from cbm_lightning.sparsity.families import FamilyName
 
 
@@ -41,14 +41,15 @@ def encode_labels(y: Any, family: FamilyName, design: Design) -> EncodedLabels:
             several labels a sample were given for a softmax.
     """
     labels = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    if labels.ndim not in (1, 2):
+        raise ValueError(f"y: expected [n] or [n, L], got {list(labels.shape)}")
     if len(labels) != design.local_rows:
         raise ValueError(f"y: expected {design.local_rows} labels, one a row of X, got {len(labels)}")
-    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
-        raise ValueError("y: expected a label for each sample, got NaN or infinity; leave these samples out")
+    # what is missing is not equal to itself, or nothing at all
+    if labels.dtype.kind in "fO" and bool(((labels != labels) | (labels == None)).any()):  # noqa: E711
+        raise ValueError("y: expected a label for each sample, got NaN or None; leave these samples out")
     if labels.ndim == 2:
         return _several(labels, family, design)
-    if labels.ndim != 1:
-        raise ValueError(f"y: expected [n] or [n, L], got {list(labels.shape)}")
     classes = np.unique(labels)
     if design.distributed:
         found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -71,7 +72,7 @@ def _several(labels: np.ndarray[Any, Any], family: FamilyName, design: Design) -
         raise ValueError(f"y: several labels a sample ({list(labels.shape)}) need family='ovr', got {family!r}")
     if not np.isin(labels, (0, 1)).all():
         raise ValueError("y: expected 0 or 1 for each label of each sample")
-    targets = torch.from_numpy(labels).to(design.device, design.dtype)
+    targets = as_tensor(labels).to(design.device, design.dtype)
     prevalence = design.sum(targets.double().sum(0)) / design.rows
     constant = ((prevalence == 0) | (prevalence == 1)).nonzero().flatten().tolist()
     if constant:

@@ -53,6 +53,11 @@ def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int = 1, gro
 def group_norms(x: Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor:
     """``[G]`` 2-norm of each group; arguments as in `group_soft_threshold`."""
     others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    if not others:
+        squares = x.square()
+        return (
+            x.abs() if groups is None else squares.new_zeros(int(groups.max()) + 1).index_add(0, groups, squares).sqrt()
+        )
     if groups is None:
         norms: Tensor = torch.linalg.vector_norm(x, dim=others)
         return norms

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cbm_lightning.sparsity.nec import kept
+
 
 def keep_largest(weight: Tensor, nec: float) -> Tensor:
     """``[L, K]`` bool, the largest weights of the whole head, so many that a class has ``nec`` concepts on average.
@@ -58,4 +60,10 @@ def keep_top_k(weight: Tensor, k: int) -> Tensor:
 
 
 def _sizes(weight: Tensor) -> Tensor:
+    """``[L, K]`` size of each concept's weights.
+
+    Raises:
+        ValueError: The weights have another shape, or are not finite.
+    """
+    kept(weight)
     return weight.abs() if weight.ndim == 2 else torch.linalg.vector_norm(weight, dim=2)
