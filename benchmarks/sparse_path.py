@@ -44,7 +44,8 @@ from torch import Tensor
 from cbm_lightning.sparsity import ElasticNet, ElasticNetPath, SparseSolution
 from cbm_lightning.sparsity.design import CHUNK_NUMBERS, Design
 from cbm_lightning.sparsity.families import make_family
-from cbm_lightning.sparsity.solver import Problem, solve
+from cbm_lightning.sparsity.problem import Problem
+from cbm_lightning.sparsity.solver import solve
 
 ALPHA, TOL, EQUAL = 0.99, 1e-5, 1e-4
 LEVELS = [5, 10, 15, 20, 25, 30]

@@ -19,9 +19,10 @@ from cbm_lightning.sparsity.design import Design, as_tensor
 from cbm_lightning.sparsity.families import FamilyName, make_family
 from cbm_lightning.sparsity.labels import EncodedLabels, encode_labels
 from cbm_lightning.sparsity.penalties import KeptRidge, Penalty, PenaltyName, make_penalty
+from cbm_lightning.sparsity.problem import Point, Problem
 from cbm_lightning.sparsity.search import find_levels
 from cbm_lightning.sparsity.solution import SparseSolution
-from cbm_lightning.sparsity.solver import Point, Problem, solve
+from cbm_lightning.sparsity.solver import solve
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 

@@ -32,6 +32,9 @@ class Family(Protocol):
         The targets drop out. Small steps lose no digits, as the difference of two losses would.
         """
 
+    def curvatures(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """``[n, L]`` twice: the second derivative by the logits of a sample is ``diag(first) - second second^T``."""
+
     def null_logits(self, prevalence: Tensor) -> Tensor:
         """``[L]`` the best constant logits, given how often each class occurs."""
 
@@ -60,6 +63,11 @@ class Multinomial:
         # centring keeps the two terms small where the step shifts all classes alike
         return torch.log1p((probs * torch.expm1(step - mean)).sum(-1)).sum()
 
+    def curvatures(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The probabilities, twice."""
+        probs = logits.softmax(-1)
+        return probs, probs
+
     def null_logits(self, prevalence: Tensor) -> Tensor:
         """Centred log-frequencies."""
         logits = prevalence.log()
@@ -87,6 +95,11 @@ class OneVsRest:
         """Kullback-Leibler divergence of the Bernoulli distributions at ``logits`` from those after the step."""
         probs = logits.sigmoid()
         return (torch.log1p(probs * torch.expm1(step)) - probs * step).sum()
+
+    def curvatures(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Variances; the classes do not interact."""
+        probs = logits.sigmoid()
+        return probs * (1 - probs), None
 
     def null_logits(self, prevalence: Tensor) -> Tensor:
         """Log-odds."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -65,6 +65,22 @@ def group_norms(x: Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor
     return squares.new_zeros(int(groups.max()) + 1).index_add(0, groups, squares).sqrt()
 
 
+class Face(NamedTuple):
+    """Where a penalty is smooth around some weights: as long as these stay on one side of zero, and the others zero.
+
+    Attributes:
+        free: Bool, the weights that may move.
+        gradient: Of the penalty, by all weights.
+        curvature: Its second derivative by each of them.
+        signed: Whether the weights must keep their signs.
+    """
+
+    free: Tensor
+    gradient: Tensor
+    curvature: float
+    signed: bool
+
+
 class Penalty(ABC):
     """A convex penalty ``strength * p(W)`` of weights ``W``.
 
@@ -92,6 +108,10 @@ class Penalty(ABC):
     @abstractmethod
     def null_strength(self, gradient: Tensor) -> float:
         """The smallest strength at which ``W = 0`` is optimal, given the gradient of the loss at 0."""
+
+    def face(self, weight: Tensor) -> Face | None:
+        """Where the penalty is a parabola around ``weight``, for Newton steps; None, the default, where it never is."""
+        return None
 
 
 class ElasticNet(Penalty):
@@ -130,6 +150,11 @@ class ElasticNet(Penalty):
     def null_strength(self, gradient: Tensor) -> float:
         """The largest entry of the gradient over ``alpha`` (at least .001, as glmnet does for a ridge)."""
         return float(gradient.abs().max()) / max(self.alpha, 1e-3)
+
+    def face(self, weight: Tensor) -> Face:
+        """The non-zero weights, with their signs."""
+        ridge = 1 - self.alpha
+        return Face(weight != 0, self.alpha * weight.sign() + ridge * weight, ridge, self.alpha > 0)
 
 
 class GroupElasticNet(Penalty):
@@ -228,6 +253,10 @@ class KeptRidge(Penalty):
     def null_strength(self, gradient: Tensor) -> float:
         """Infinity, unless the gradient is zero: a ridge alone never reaches zero."""
         return float("inf") if bool((gradient * self.mask).any()) else 0.0
+
+    def face(self, weight: Tensor) -> Face:
+        """The kept weights, whatever their signs."""
+        return Face(self.mask, weight * self.mask, 1.0, False)
 
 
 def make_penalty(name: PenaltyName, alpha: float, dim: int = 1, groups: Tensor | None = None) -> Penalty:

@@ -6,8 +6,8 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 
+from cbm_lightning.sparsity.problem import Point
 from cbm_lightning.sparsity.solution import SparseSolution
-from cbm_lightning.sparsity.solver import Point
 
 # a solution counts as having a level from the level itself up to this share more
 TOLERANCE = 0.02

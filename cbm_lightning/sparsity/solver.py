@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cbm_lightning.sparsity.design import Design
-from cbm_lightning.sparsity.families import Family
+from cbm_lightning.sparsity.newton import newton_step
 from cbm_lightning.sparsity.penalties import Penalty
+from cbm_lightning.sparsity.problem import Point, Problem
 
+# after so many proximal steps a Newton step is tried, after twice as many each time that it is of no use; where it
+# helps, another follows at once
+NEWTON_PAUSE = 5
 # an outer step costs two products with the data, an inner one a product of K x K
 INNER_STEPS = 200
 INNER_CHECK = 5
@@ -19,21 +21,6 @@ INNER_CHECK = 5
 INNER_SHARE, INNER_FLOOR = 0.1, 0.3
 # how fast the estimate of the curvature is tried lower, and how low it may get
 CURVATURE_DECAY, LOWEST_CURVATURE = 0.8, 1e-4
-
-
-@dataclass(frozen=True)
-class Point:
-    """Weights of a linear classifier.
-
-    Attributes:
-        weight: ``[L, K]``.
-        bias: ``[L]``.
-        curvature: The solver's estimate of the curvature there, a good start for a neighbouring problem.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    curvature: float
 
 
 @dataclass(frozen=True)
@@ -51,87 +38,6 @@ class Solved:
     objective: float
     kkt: float
     iterations: int
-
-
-class Problem:
-    """The smooth part: the mean loss of a linear classifier on a design.
-
-    Args:
-        design: Rows of this process.
-        targets: Of these rows, as the family wants them.
-        family: The loss.
-        intercept: Whether there is an unpenalised bias a class; if so, the design must be centred.
-        prevalence: ``[L]`` how often each class occurs over all processes.
-    """
-
-    def __init__(self, design: Design, targets: Tensor, family: Family, prevalence: Tensor, intercept: bool) -> None:
-        self.design, self.targets, self.family, self.intercept = design, targets, family, intercept
-        self.prevalence = prevalence.to(design.device, design.dtype)
-
-    @cached_property
-    def gram(self) -> Tensor:
-        """``[K, K]``, computed once."""
-        return self.design.gram()
-
-    @cached_property
-    def largest(self) -> float:
-        """Largest eigenvalue of the Gram matrix."""
-        return max(float(torch.linalg.eigvalsh(self.gram)[-1]), torch.finfo(self.gram.dtype).tiny)
-
-    def null(self) -> Point:
-        """No weights, and the biases that are best without them."""
-        classes = len(self.prevalence)
-        zeros = self.gram.new_zeros(classes, self.design.columns)
-        bias = self.family.null_logits(self.prevalence) if self.intercept else zeros.new_zeros(classes)
-        return Point(zeros, bias, self.family.curvature)
-
-    def logits(self, point: Point) -> Tensor:
-        """``[n, L]`` logits of this process's rows."""
-        out = self.gram.new_empty(self.design.local_rows, len(point.bias))
-        for rows, x in self.design.chunks():
-            torch.addmm(point.bias, x, point.weight.T, out=out[rows])
-        return out
-
-    def gradient(self, logits: Tensor, ahead: Tensor | None = None, momentum: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Gradient by weights ``[L, K]`` and biases ``[L]`` at ``logits + momentum * (logits - ahead)``."""
-        classes = logits.shape[1]
-        total = self.gram.new_zeros(classes, self.design.columns + 1)
-        for rows, x in self.design.chunks():
-            at = extrapolate(logits, ahead, momentum, rows)
-            derivative = self.family.derivative(at, self.targets[rows])
-            total[:, :-1].addmm_(derivative.T, x)
-            total[:, -1] += derivative.sum(0)
-        total = self.design.sum(total) / self.design.rows
-        return total[:, :-1], total[:, -1] * self.intercept
-
-    def advance(self, point: Point, logits: Tensor, ahead: Tensor, momentum: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits at a point, and how they moved from the extrapolated ones.
-
-        Returns:
-            ``[n, L]`` logits; the mean Bregman divergence; the mean squared change of the logits of a sample.
-        """
-        out = torch.empty_like(logits)
-        moved = logits.new_zeros(2)
-        for rows, x in self.design.chunks():
-            torch.addmm(point.bias, x, point.weight.T, out=out[rows])
-            at = extrapolate(logits, ahead, momentum, rows)
-            step = out[rows] - at
-            moved += torch.stack([self.family.divergence(at, step), step.square().sum()])
-        divergence, square = self.design.sum(moved) / self.design.rows
-        return out, divergence, square
-
-    def objective(self, point: Point, logits: Tensor, penalty: Penalty, strength: float) -> float:
-        """Mean loss plus penalty."""
-        loss = sum(self.family.value(logits[rows], self.targets[rows]).double() for rows in self.design.slices())
-        mean = self.design.sum(torch.as_tensor(loss, device=logits.device)) / self.design.rows
-        return float(mean + strength * penalty.value(point.weight.double()))
-
-
-def extrapolate(now: Tensor, before: Tensor | None, momentum: float, rows: slice) -> Tensor:
-    """Rows of ``now + momentum * (now - before)``."""
-    if before is None or momentum == 0.0:
-        return now[rows]
-    return torch.lerp(before[rows], now[rows], 1.0 + momentum)
 
 
 def solve(
@@ -162,6 +68,7 @@ def solve(
     logits = logits_before = problem.logits(now)
     curvature, bound = now.curvature, problem.family.curvature
     clock, momentum, kkt = 1.0, 0.0, float("inf")
+    next_newton = pause = NEWTON_PAUSE
     for step in range(steps + 1):
         gradient = problem.gradient(logits, logits_before, momentum)
         # with momentum this is the gradient nearby, enough to tell when a look at the point itself is worth a pass
@@ -172,6 +79,13 @@ def solve(
             kkt = violation(penalty, now, gradient, strength)
         if kkt <= tol or step == steps:
             break
+        if step == next_newton:
+            found = newton_step(problem, penalty, strength, now, logits, None if momentum else gradient)
+            if found is not None:
+                before, logits_before = now, logits = found
+                clock, momentum, next_newton, pause = 1.0, 0.0, step + 1, NEWTON_PAUSE
+                continue
+            next_newton, pause = step + pause, 2 * pause
         ahead = Point(
             torch.lerp(before.weight, now.weight, 1.0 + momentum),
             torch.lerp(before.bias, now.bias, 1.0 + momentum),
