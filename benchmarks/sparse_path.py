@@ -320,7 +320,8 @@ def large(correlation: str, options: argparse.Namespace) -> None:
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout.splitlines()[-1])
     chunk = found["chunk_size"]
-    bound = 4 * (4 * samples * classes + 3 * chunk * (concepts + classes) + 4 * concepts**2 + 20 * concepts * classes)
+    numbers = 4 * samples * classes + 3 * chunk * (concepts + 3 * classes) + 4 * concepts**2 + 20 * concepts * classes
+    bound = 4 * (numbers + 2**24)
     print(
         f"\nlarge. n, K, L {LARGE}, {correlation} correlation, {x.nbytes / 1e6:.0f} MB of scores in chunks of {chunk} "
         f"rows: {found['seconds']:.1f} s, {found['steps']} steps, NEC {found['nec']:.1f}, KKT {found['kkt']:.1e} "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
@@ -101,7 +102,7 @@ class Labelled(ToyData):
     "solver",
     [
         PATH,
-        spec("cbm_lightning.sparsity.ElasticNetPath", lambdas=[0.1, 0.02], penalty="group", **EXACT),
+        spec("cbm_lightning.sparsity.elastic_net_path.ElasticNetPath", lambdas=[0.3, 0.15], penalty="group", **EXACT),
         ElasticNetPath(nec=1.5, refit_ridge=1e-3, family="ovr", dtype="float64", tol=1e-8),
         spec(LOGISTIC, C=0.3, tol=1e-8),
         LogisticRegression(C=2.0, tol=1e-8),
@@ -116,12 +117,14 @@ def test_the_head_is_the_one_fitted_by_hand(solver: Any, epochs: int) -> None:
         kind = LogisticRegression if solver["class_path"] == LOGISTIC else ElasticNetPath
         solver = kind(**solver["init_args"])
     expected = solver.fit(x, y)
-    close(made, expected.coef_, expected.intercept_)
-    assert torch.equal(made.head.linear.weight == 0, torch.as_tensor(expected.coef_ == 0))
-    assert isinstance(expected, LogisticRegression) or int((made.head.linear.weight == 0).sum()) > 0
+    dense = isinstance(expected, LogisticRegression)
+    close(made, expected.coef_, expected.intercept_, **({"rtol": 1e-2, "atol": 1e-2} if dense else {}))
+    zero = made.head.linear.weight == 0
+    assert torch.equal(zero, torch.as_tensor(expected.coef_ == 0))
+    assert dense == (int(zero.sum()) == 0)
     # and it is the one that validation judged
     rows = toy_tensors(41, 1)
-    logits = torch.from_numpy(expected.decision_function(values(made, rows).numpy()))
+    logits = torch.from_numpy(np.asarray(expected.decision_function(values(made, rows).numpy())))
     accuracy = float((logits.argmax(1) == rows["label"]).float().mean())
     assert float(trainer.callback_metrics["val/label_acc"]) == pytest.approx(accuracy)
 
@@ -135,7 +138,7 @@ def test_the_head_input_of_independent_training() -> None:
     close(made, expected.coef_, expected.intercept_)
 
 
-@pytest.mark.parametrize("options", [{"nec": 2}, {"lambdas": 0.03, "penalty": "group"}], ids=["nec", "group"])
+@pytest.mark.parametrize("options", [{"nec": 2}, {"lambdas": 0.1, "penalty": "group"}], ids=["nec", "group"])
 def test_an_embedding_is_one_concept(options: dict[str, Any]) -> None:
     made, rows = model(EmbeddingBottleneck(3, randint=0.0), spec(**options, **EXACT)), toy_tensors(96)
     fit(made)

@@ -89,7 +89,7 @@ class Design:
             yield slice(0, self.local_rows), self._kept
             return
         for rows in self.slices():
-            yield rows, (self._read(rows) - self.mean) / self.scale
+            yield rows, torch.sub(self._read(rows), self.mean).div_(self.scale)
 
     def gram(self) -> Tensor:
         """``[K, K]`` mean of the outer products of the rows."""
@@ -102,10 +102,10 @@ class Design:
         return as_tensor(self.x[rows]).to(self.device, self.dtype)
 
     def _standardize(self, standardize: bool, center: bool) -> None:
-        """Two passes, in double precision, as the textbook variance in one would cancel digits."""
+        """Two passes, summed in double precision, as the textbook variance in one would cancel digits."""
         first = torch.zeros(self.columns + 1, dtype=torch.float64, device=self.device)
         for rows in self.slices():
-            first[:-1] += self._read(rows).double().sum(0)
+            first[:-1] += self._read(rows).sum(0, dtype=torch.float64)
         first[-1] = self.local_rows
         self.sum(first)
         self.rows = int(first[-1])
@@ -113,9 +113,9 @@ class Design:
         if not bool(mean.isfinite().all()):
             bad = [self.names[k] for k in (~mean.isfinite()).nonzero().flatten().tolist()]
             raise ValueError(f"X: expected finite scores, got NaN or infinity in the concepts {_shown(bad)}")
-        squares = torch.zeros_like(mean)
+        squares, rounded = torch.zeros_like(mean), mean.to(self.dtype)
         for rows in self.slices():
-            squares += (self._read(rows).double() - mean).square_().sum(0)
+            squares += torch.sub(self._read(rows), rounded).square_().sum(0, dtype=torch.float64)
         deviation = (self.sum(squares) / max(self.rows - 1, 1)).sqrt()
         constant = deviation <= 8 * torch.finfo(self.dtype).eps * mean.abs()
         if bool(constant.any()) and (standardize or center):
@@ -130,9 +130,9 @@ class Design:
             deviation = torch.ones_like(deviation)
         self.scale = deviation.to(self.dtype)
         if center:
-            self.mean = mean.to(self.dtype)
+            self.mean = rounded
         if self.chunk_size >= self.local_rows:
-            self._kept = (self._read(slice(0, self.local_rows)) - self.mean) / self.scale
+            self._kept = torch.sub(self._read(slice(0, self.local_rows)), self.mean).div_(self.scale)
 
 
 def as_tensor(x: Any) -> Tensor:

@@ -58,7 +58,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         max_iter: Steps of the solver at most, for each penalty.
         dtype: ``"float32"`` or ``"float64"``, of all computation.
         chunk_size: Rows that are in memory at a time; see `Design`. Memory is then, in numbers of ``dtype``, below
-            ``4 n L + 3 chunk_size (K + L) + 4 K^2 + 20 K L``, whatever the width of ``X``.
+            ``4 n L + 3 chunk_size (K + 3 L) + 4 K^2 + 20 K L + 2^24``.
         device: Where to compute; that of ``X`` by default.
         distributed: Every process of the default group brings samples of its own; all get the same solution.
 
@@ -195,7 +195,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if not ridge > 0:
             raise ValueError(f"ridge: expected a positive number, got {ridge}")
         problem, encoded = self._problem(X, y, None)
-        self._check_columns(problem.design.columns)
+        self._check_columns(problem.design.x)
         if not np.array_equal(encoded.classes, self.classes_):
             raise ValueError(f"y: expected the classes {self.classes_.tolist()}, got {encoded.classes.tolist()}")
         return self._refit(problem, solution, ridge)
@@ -334,15 +334,13 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def _logits(self, X: Any) -> Tensor:
         check_is_fitted(self)
         x = as_tensor(X)
-        if x.ndim != 2:
-            raise ValueError(f"X: expected a matrix [n, {self.n_features_in_}], got {list(x.shape)}")
-        self._check_columns(x.shape[1])
+        self._check_columns(x)
         coef, intercept = (torch.from_numpy(a).to(x.device) for a in (self.coef_, self.intercept_))
         return x.to(coef.dtype) @ coef.T + intercept
 
-    def _check_columns(self, columns: int) -> None:
-        if columns != self.n_features_in_:
-            raise ValueError(f"X: expected the {self.n_features_in_} columns of fit, got {columns}")
+    def _check_columns(self, x: Any) -> None:
+        if x.ndim != 2 or x.shape[1] != self.n_features_in_:
+            raise ValueError(f"X: expected [n, {self.n_features_in_}], as in fit, got {list(x.shape)}")
 
 
 def at_nec(path: Sequence[SparseSolution], level: float, prune: bool = True) -> SparseSolution:

@@ -61,7 +61,7 @@ class Multinomial:
         probs = logits.softmax(-1)
         mean = (probs * step).sum(-1, keepdim=True)
         # centring keeps the two terms small where the step shifts all classes alike
-        return torch.log1p((probs * torch.expm1(step - mean)).sum(-1)).sum()
+        return torch.log1p((step - mean).expm1_().mul_(probs).sum(-1)).sum()
 
     def curvatures(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """The probabilities, twice."""
@@ -94,7 +94,7 @@ class OneVsRest:
     def divergence(self, logits: Tensor, step: Tensor) -> Tensor:
         """Kullback-Leibler divergence of the Bernoulli distributions at ``logits`` from those after the step."""
         probs = logits.sigmoid()
-        return (torch.log1p(probs * torch.expm1(step)) - probs * step).sum()
+        return torch.expm1(step).mul_(probs).log1p_().sub_(probs * step).sum()
 
     def curvatures(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Variances; the classes do not interact."""

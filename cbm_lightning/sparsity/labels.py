@@ -46,8 +46,9 @@ def encode_labels(y: Any, family: FamilyName, design: Design) -> EncodedLabels:
     if len(labels) != design.local_rows:
         raise ValueError(f"y: expected {design.local_rows} labels, one a row of X, got {len(labels)}")
     # what is missing is not equal to itself, or nothing at all
-    if labels.dtype.kind in "fO" and bool(((labels != labels) | (labels == None)).any()):  # noqa: E711
-        raise ValueError("y: expected a label for each sample, got NaN or None; leave these samples out")
+    missing = (labels != labels) | (labels == None)  # noqa: E711
+    if bool(np.any(missing)) or (labels.dtype.kind == "f" and not np.isfinite(labels).all()):
+        raise ValueError("y: expected a label for each sample, got NaN, infinity or None; leave these samples out")
     if labels.ndim == 2:
         return _several(labels, family, design)
     classes = np.unique(labels)

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 SUFFIX = "_mask"
+
+# parameters whose gradients are masked; a copy of one has its buffer, but no hook
+_hooked: MutableMapping[Tensor, bool] = WeakTensorKeyDictionary()
 
 
 def attach_mask(module: nn.Module, name: str) -> None:
@@ -23,16 +27,20 @@ def attach_mask(module: nn.Module, name: str) -> None:
     """
     owner, _, own_name = name.rpartition(".")
     part = module.get_submodule(owner)
-    if own_name + SUFFIX in dict(part.named_buffers(recurse=False)):
-        return
     parameter: nn.Parameter = getattr(part, own_name)
-    part.register_buffer(own_name + SUFFIX, torch.ones_like(parameter))
+    if own_name + SUFFIX not in dict(part.named_buffers(recurse=False)):
+        part.register_buffer(own_name + SUFFIX, torch.ones_like(parameter))
+    if parameter in _hooked:
+        return
 
     def keep_zero(gradient: Tensor) -> Tensor:
         return gradient * mask_of(module, name).to(gradient)
 
+    trains = parameter.requires_grad
     # where a module is sent to another process, the mask goes along and the hook, without a warning, does not
-    parameter.register_hook(torch.utils.hooks.unserializable_hook(keep_zero))
+    parameter.requires_grad_(True).register_hook(torch.utils.hooks.unserializable_hook(keep_zero))
+    parameter.requires_grad_(trains)
+    _hooked[parameter] = True
 
 
 def mask_of(module: nn.Module, name: str) -> Tensor:

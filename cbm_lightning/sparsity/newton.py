@@ -8,8 +8,8 @@ from torch import Tensor
 from cbm_lightning.sparsity.penalties import Penalty
 from cbm_lightning.sparsity.problem import Point, Problem
 
-# a Hessian may cost as much as so many steps of the first order
-AFFORDABLE = 50
+# a Hessian may cost as much time as so many steps of the first order, and have so many entries
+AFFORDABLE, ENTRIES = 50, 2**21
 # of the mean of its diagonal; equal shifts of all biases change no probability, so it is singular without
 DAMPING = 1e-6
 HALVINGS = 3
@@ -44,7 +44,7 @@ def newton_step(
     classes, columns = point.weight.shape
     free = torch.cat([face.free, face.free.new_full((classes, 1), problem.intercept)], 1)
     size = int(free.sum())
-    if size == 0 or size**2 > 2 * AFFORDABLE * classes * columns:
+    if size == 0 or size**2 > min(2 * AFFORDABLE * classes * columns, ENTRIES):
         return None
     gradient = problem.gradient(logits) if gradient is None else gradient
     hessian = problem.hessian(logits, free).double()

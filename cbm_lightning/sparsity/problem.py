@@ -13,7 +13,7 @@ from cbm_lightning.sparsity.design import Design
 from cbm_lightning.sparsity.families import Family
 from cbm_lightning.sparsity.penalties import Penalty
 
-HESSIAN_NUMBERS = 2**22
+HESSIAN_NUMBERS = 2**20
 """How many numbers of scaled scores a Hessian is summed from at a time."""
 
 
