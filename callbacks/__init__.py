@@ -4,5 +4,6 @@ from cbm_lightning.callbacks.intervention_evaluation import InterventionEvaluati
 from cbm_lightning.callbacks.prediction_table import PredictionTable
 from cbm_lightning.callbacks.sparsity_evaluation import SparsityEvaluation
 from cbm_lightning.callbacks.sparsity_schedule import SparsitySchedule
+from cbm_lightning.callbacks.temperature_schedule import TemperatureSchedule
 
-__all__ = ["InterventionEvaluation", "PredictionTable", "SparsityEvaluation", "SparsitySchedule"]
+__all__ = ["InterventionEvaluation", "PredictionTable", "SparsityEvaluation", "SparsitySchedule", "TemperatureSchedule"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
 from cbm_lightning.labels import Task
-from cbm_lightning.optimization import resolve
+from cbm_lightning.optimization import ClassSpec, resolve
 from cbm_lightning.sparsity.nec import Sparsity
 from cbm_lightning.sparsity.outputs import fill_rows
 from cbm_lightning.types import ConceptOutput
@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     from cbm_lightning.heads import LabelHead
 
 
-def solver_spec(given: Any) -> dict[str, Any]:
+class Estimator(Protocol):
+    """A linear classifier in scikit-learn's conventions; fitted, it has ``coef_``, ``intercept_`` and ``classes_``."""
+
+    def fit(self, X: Any, y: Any) -> Any:
+        """Fit on scores ``[n, V]`` and labels."""
+
+    def get_params(self, deep: bool = True) -> dict[str, Any]:
+        """The arguments of construction."""
+
+
+def solver_spec(given: ClassSpec | Estimator) -> dict[str, Any]:
     """The plain form ``{"class_path": ..., "init_args": ...}`` of an estimator, checked by making it.
 
     Args:
@@ -30,14 +40,14 @@ def solver_spec(given: Any) -> dict[str, Any]:
     Raises:
         ValueError: There is no such class, or an argument is unknown or out of range.
     """
-    if hasattr(given, "get_params"):
+    if not isinstance(given, (str, dict)):
         init_args = {name: value for name, value in given.get_params(deep=False).items() if value is not None}
         return {"class_path": f"{type(given).__module__}.{type(given).__qualname__}", "init_args": init_args}
     make_solver(given)
     return {"class_path": given, "init_args": {}} if isinstance(given, str) else dict(given)
 
 
-def make_solver(spec: Any) -> Any:
+def make_solver(spec: ClassSpec) -> Any:
     """An estimator from its plain form; errors as in `solver_spec`."""
     from sklearn.base import BaseEstimator
 
@@ -61,8 +71,9 @@ class HeadSolver:
         ValueError: The head takes no weights, or the estimator fits biases for a head that has none.
     """
 
-    def __init__(self, spec: dict[str, Any], head: LabelHead, concepts: ConceptSet, task: Task) -> None:
-        self.estimator = make_solver(spec)
+    def __init__(self, spec: ClassSpec | Estimator | None, head: LabelHead, concepts: ConceptSet, task: Task) -> None:
+        assert spec is not None
+        self.estimator = make_solver(solver_spec(spec))
         self.head, self.concepts, self.task = head, concepts, task
         self._values: list[Tensor] = []
         self._labels: list[Tensor] = []

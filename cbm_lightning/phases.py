@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from cbm_lightning.head_solver import solver_spec
+from cbm_lightning.head_solver import Estimator, solver_spec
+from cbm_lightning.optimization import ClassSpec
 
 HeadInput = Literal["predicted", "true", "detached"]
 PARTS = ("backbone", "bottleneck", "head")
@@ -44,11 +45,11 @@ class Phase:
     head_input: HeadInput = "predicted"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     lr: float | None = None
-    solver: Any = None
+    solver: ClassSpec | Estimator | None = None
 
     def __post_init__(self) -> None:
         if self.solver is not None:
-            self._check_solver()
+            self._check_solver(self.solver)
         if not self.train or set(self.train) - set(PARTS):
             raise ValueError(f"phase {self.name!r}: train: expected some of {PARTS}, got {list(self.train)}")
         if self.epochs is not None and self.epochs < 1:
@@ -60,13 +61,13 @@ class Phase:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"phase {self.name!r}: lr: expected a positive number, got {self.lr}")
 
-    def _check_solver(self) -> None:
+    def _check_solver(self, solver: ClassSpec | Estimator) -> None:
         wrong = {"lr": self.lr, "epochs": None if self.epochs == 1 else self.epochs}
         if given := {name: value for name, value in wrong.items() if value is not None}:
             raise ValueError(f"phase {self.name!r}: a solver takes one epoch and no learning rate, got {given}")
         if list(self.train) != ["head"]:
             raise ValueError(f"phase {self.name!r}: train: a solver fits ['head'], got {list(self.train)}")
-        object.__setattr__(self, "solver", solver_spec(self.solver))
+        object.__setattr__(self, "solver", solver_spec(solver))
         object.__setattr__(self, "epochs", 1)
 
     def weights(self, given: Mapping[str, float]) -> dict[str, float]:

@@ -43,7 +43,7 @@ def small_data(recipe: str, folder: Path) -> list[str]:
     if recipe.startswith("cub_"):
         write_miniature_cub_tree(folder / "cub")
         return [f"--data.root={folder / 'cub'}", "--data.batch_size=4", "--data.min_classes=1", *TINY]
-    if recipe == "clip_similarity":
+    if recipe in ("clip_similarity", "sparse_similarity"):
         rows = torch.randn(40, 16).numpy()
         np.savez(folder / "clip.npz", embedding=rows, label=np.arange(40) % 2, text_embeddings=rows[:5])
         return [f"--data.path={folder / 'clip.npz'}", "--data.batch_size=8"]

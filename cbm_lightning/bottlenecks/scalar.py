@@ -95,7 +95,8 @@ class ScalarBottleneck(Bottleneck):
 
     def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:
         """Set ``value_range`` to the 5th and 95th percentile of the training predictions, concept by concept."""
-        values = values[..., : self.layout.concepts].float()
+        # as a correction replaces them, before gates or the like
+        values = self.read(logits, probs).float()
         # sorting a column at a time: torch.quantile refuses more than 16 million elements
         quantiles = torch.stack(
             [torch.quantile(column, values.new_tensor([0.05, 0.95])) for column in values.unbind(1)], 1

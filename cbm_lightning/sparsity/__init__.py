@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from cbm_lightning.sparsity.hard_concrete import HardConcrete
 from cbm_lightning.sparsity.nec import Sparsity, nec
 from cbm_lightning.sparsity.penalties import ElasticNet, GroupElasticNet, Penalty
 from cbm_lightning.sparsity.pruning import keep_largest, keep_top_k
@@ -23,6 +24,7 @@ __all__ = [
     "keep_top_k",
     "Penalty",
     "ElasticNet",
+    "HardConcrete",
     "NECStudy",
     "NECResult",
     "kept_concepts",

@@ -19,7 +19,7 @@ def ramp(fraction: float, begin: float, end: float, shape: RampName) -> float:
             fast and ends slowly, as in gradual magnitude pruning (Zhu and Gupta 2018).
 
     Example:
-        >>> [ramp(x, 0.2, 0.6, "cubic") for x in (0.1, 0.4, 0.9)]
+        >>> [ramp(x, 0.25, 0.75, "cubic") for x in (0.1, 0.5, 0.9)]
         [0.0, 0.875, 1.0]
     """
     if fraction < begin:

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset
 from toy import ToyData, quiet_trainer, toy_tensors
 
-from cbm_lightning import CBMModule, LinearBottleneck
+from cbm_lightning import CBMModule, LinearBottleneck, MLPHead
 from cbm_lightning.backbones import Identity
 from cbm_lightning.callbacks import SparsitySchedule
 from cbm_lightning.sparsity.masks import mask_of, restore_masks
@@ -133,6 +133,7 @@ def test_zeros_survive_a_resume_without_the_schedule(optimizer: Any, tmp_path: P
     assert torch.equal(after[HEAD] == 0, before[HEAD] == 0)
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 def test_a_frozen_head_can_be_restored(tmp_path: Path) -> None:
     run(model(), SparsitySchedule(**CUBIC), keep(tmp_path), max_epochs=2)
     made = model()
@@ -208,6 +209,20 @@ def test_the_second_fit_of_a_schedule_is_like_the_first() -> None:
         schedule = SparsitySchedule(**options)
         first, second = run(model(), schedule), run(model(), schedule)
         assert same(first, second), options["mode"]
+
+
+class Fail(Callback):
+    """Ends a run with an error."""
+
+    def on_train_batch_end(self, *args) -> None:
+        raise RuntimeError("out of memory")
+
+
+def test_a_run_that_failed_leaves_nothing_behind() -> None:
+    schedule = SparsitySchedule("head.*weight", **RAMP)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        run(model(head=MLPHead([5])), schedule, Fail())
+    assert same(run(model(), schedule), run(model(), SparsitySchedule("head.*weight", **RAMP)))
 
 
 @pytest.mark.parametrize("mode", ["linear", "cubic"])
