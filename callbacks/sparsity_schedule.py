@@ -6,26 +6,40 @@ import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from cbm_lightning.sparsity.masks import SUFFIX, attach_mask, mask_of
+from cbm_lightning.sparsity.masks import SUFFIX, apply_masks, attach_mask, mask_of
 from cbm_lightning.sparsity.nec import Sparsity
 from cbm_lightning.sparsity.penalties import Penalty, PenaltyName, make_penalty
 from cbm_lightning.sparsity.pruning import keep_largest
 from cbm_lightning.sparsity.schedules import check_ramp, ramp
+from cbm_lightning.sparsity.step_sizes import step_sizes
 
 Mode = Literal["constant", "linear", "cosine", "cubic", "adaptive"]
 
 # the controller of the adaptive strength: by the exponential of what it may change within its ramp, and how it answers
 # at once to too many weights, which keeps it from overshooting
 INTEGRAL, PROPORTIONAL = 8.0, 2.0
+
+
+class _Target(NamedTuple):
+    """A parameter that becomes sparse."""
+
+    name: str
+    parameter: nn.Parameter
+    width: int
+    penalty: Penalty
+
+    def by_concept(self, x: Tensor) -> Tensor:
+        """``[rows, K, m]``: the numbers of a concept together, where a head reads several of each."""
+        return x.view(len(x), -1, self.width)
 
 
 class SparsitySchedule(Callback):
@@ -40,11 +54,10 @@ class SparsitySchedule(Callback):
     Progress is read off ``trainer.global_step``, so a resumed run continues where it was. What a phase does not train
     is left alone.
 
-    The proximal step takes the optimizer's own step size for each weight, so that ``strength`` is the lambda of
-    ``loss + lambda * penalty`` for all of them: the learning rate of the parameter's group for SGD (with or without
-    momentum), ``lr / (sqrt(v) + eps)`` with the bias-corrected second moment ``v`` for Adam, AdamW, NAdam and RAdam,
-    and for a group of weights the mean of these. Other optimizers count as SGD. The weight decay of AdamW alone
-    reaches no zero. With 16-bit true precision (not mixed) small thresholds are rounded away.
+    The proximal step takes the optimizer's own step size for each weight, see `step_sizes`, so that ``strength`` is
+    the lambda of ``loss + lambda * penalty`` for SGD, with or without momentum, and for Adam alike; a group of weights
+    takes the mean of theirs. The weight decay of AdamW alone reaches no zero. With 16-bit true precision (not mixed)
+    small thresholds are rounded away.
 
     Args:
         parameters: Patterns of parameter names (``*`` matches dots too); the weights of a linear head by default.
@@ -100,13 +113,19 @@ class SparsitySchedule(Callback):
         self.mode, self.strength, self.penalty, self.alpha, self.group_dim = mode, strength, penalty, alpha, group_dim
         self.target_nec, self.begin, self.end, self.finetune = target_nec, begin, end, finetune
         self.every_n_steps = every_n_steps
-        self._total: float = 0.0
-        self._penalties: dict[str, Penalty] = {}
+        self._started_with = strength
+        self._forget()
+
+    def _forget(self) -> None:
+        self._targets: list[_Target] = []
+        self._total = 0.0
+        self._frozen = False
         # what the last step left, which averaged weights do not know
         self._alive: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._copies: list[nn.Module] = []
+        self._averaged = False
 
     @property
     def state_key(self) -> str:
@@ -118,7 +137,7 @@ class SparsitySchedule(Callback):
         return {"strength": self.strength}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the strength over where it is not given by the step."""
+        """Take the strength over where it does not follow from the step."""
         if self.mode == "adaptive":
             self.strength = float(state_dict["strength"])
 
@@ -133,8 +152,10 @@ class SparsitySchedule(Callback):
         """Find the parameters, and give them masks before a checkpoint brings theirs."""
         if stage != "fit":
             return
+        self._forget()
+        self.strength = self._started_with
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        averaging = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
+        averaging = [c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
         if any(callbacks.index(callback) > callbacks.index(self) for callback in averaging):
             raise ValueError(
                 "SparsitySchedule must come after the callback that averages weights, for averages of zeros and "
@@ -142,29 +163,32 @@ class SparsitySchedule(Callback):
             )
         # made in the setup of the callback before
         self._copies = [c.module for a in averaging for c in vars(a).values() if isinstance(c, AveragedModel)]
+        self._averaged = bool(averaging)
         known = dict(pl_module.named_parameters())
-        found = [name for name in known if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
         for pattern in self.patterns:
             if not any(fnmatchcase(name, pattern) for name in known):
                 raise ValueError(f"parameters: nothing matches {pattern!r}; the parameters are {list(known)}")
-        for name in found:
-            self._check_parameter(name, known[name], pl_module)
-            groups = self._groups(name, known[name], pl_module)
-            self._penalties[name] = make_penalty(self.penalty, self.alpha, self.group_dim, groups)
-            if self.masks:
-                for model in (pl_module, *self._copies):
-                    attach_mask(model, name)
+        found = [name for name in known if any(fnmatchcase(name, pattern) for pattern in self.patterns)]
+        self._targets = [self._target(name, known[name], pl_module) for name in found]
+        for name in found if self.masks else ():
+            for model in (pl_module, *self._copies):
+                attach_mask(model, name)
 
-    def _check_parameter(self, name: str, parameter: nn.Parameter, pl_module: LightningModule) -> None:
+    def _target(self, name: str, parameter: nn.Parameter, pl_module: LightningModule) -> _Target:
+        """A parameter, checked."""
         if self.penalty == "group" and not -parameter.ndim <= self.group_dim < parameter.ndim:
             raise ValueError(f"group_dim: {name} has the shape {list(parameter.shape)}, got {self.group_dim}")
-        if self.target_nec is None:
-            return
-        if parameter.ndim != 2:
-            raise ValueError(f"target_nec: expected weights [rows, columns], {name} is {list(parameter.shape)}")
-        columns = self._by_concept(name, parameter, pl_module).shape[1]
-        if self.target_nec > columns:
-            raise ValueError(f"target_nec: {name} has {columns} concepts a row, got {self.target_nec}")
+        width = values_per_concept(name, parameter, pl_module)
+        groups = None
+        if width > 1 and self.group_dim % parameter.ndim == 1:
+            groups = torch.arange(parameter.shape[1]) // width
+        target = _Target(name, parameter, width, make_penalty(self.penalty, self.alpha, self.group_dim, groups))
+        if self.target_nec is not None:
+            if parameter.ndim != 2:
+                raise ValueError(f"target_nec: expected weights [rows, columns], {name} is {list(parameter.shape)}")
+            if self.target_nec > (columns := target.by_concept(parameter).shape[1]):
+                raise ValueError(f"target_nec: {name} has {columns} concepts a row, got {self.target_nec}")
+        return target
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to the optimizers, which tell of every real step.
@@ -173,8 +197,13 @@ class SparsitySchedule(Callback):
             ValueError: The training has no end that shares of it could refer to.
         """
         self._total = float(trainer.estimated_stepping_batches)
-        if not math.isfinite(self._total):
-            raise ValueError("SparsitySchedule: shares of the training need max_epochs or max_steps in the Trainer")
+        if not 0 < self._total < math.inf:
+            raise ValueError(
+                "SparsitySchedule: shares of the training need max_epochs or max_steps in the Trainer, and with "
+                "max_epochs a loader with a length"
+            )
+        # a run that is resumed after that moment has its masks from the checkpoint
+        self._frozen = trainer.global_step / self._total > 1.0 - self.finetune
         after = partial(self._after_step, trainer, pl_module)
         self._handles = [optimizer.register_step_post_hook(after) for optimizer in trainer.optimizers]
         self._remember(pl_module)
@@ -183,31 +212,33 @@ class SparsitySchedule(Callback):
         """Let go of optimizers and weights."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._copies = [], []
-        self._penalties, self._alive, self._masks = {}, {}, {}
+        self._forget()
 
     # ---------------------------------------------------------------- after a step
 
     def _after_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, args: Any, kwargs: Any
     ) -> None:
-        fraction = (trainer.global_step + 1) / self._total
+        fraction = min((trainer.global_step + 1) / self._total, 1.0)
         due = (trainer.global_step + 1) % self.every_n_steps == 0
-        known = dict(pl_module.named_parameters())
-        rates = {id(p): (group, p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        stepped = {name: rates[id(known[name])] for name in self._penalties if id(known[name]) in rates}
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        stepped = [target for target in self._targets if id(target.parameter) in groups]
         if not stepped:
             return
+        finetuning = bool(self.finetune) and fraction > 1.0 - self.finetune
         with torch.no_grad():
-            excess = self._excess(pl_module)
+            excess = self._excess()
             strength = self.strength_at(fraction) * math.exp(PROPORTIONAL * excess)
-            for name, (group, parameter) in stepped.items():
-                if fraction > 1.0 - self.finetune or self.mode == "cubic":
-                    self._prune(pl_module, name, parameter, fraction, due)
+            for target in stepped:
+                if self.mode == "cubic":
+                    self._prune(pl_module, target, fraction, due or fraction >= self.end)
+                elif finetuning:
+                    self._freeze(pl_module, target)
                 elif strength:
-                    sizes = step_sizes(optimizer, group, parameter)
-                    parameter.copy_(self._penalties[name].prox(parameter, sizes * strength))
-        if due and self.begin <= fraction <= 1.0 - self.finetune:
+                    sizes = step_sizes(optimizer, groups[id(target.parameter)], target.parameter)
+                    target.parameter.copy_(target.penalty.prox(target.parameter, sizes * strength))
+        self._frozen = self._frozen or finetuning
+        if due and fraction >= self.begin and not finetuning:
             ramp_steps = max((self.end - self.begin) * self._total / self.every_n_steps, 1.0)
             self.strength *= math.exp(INTEGRAL * excess / ramp_steps)
         self._remember(pl_module)
@@ -217,111 +248,93 @@ class SparsitySchedule(Callback):
         shape: Any = "constant" if self.mode == "adaptive" else self.mode
         return self.strength * ramp(fraction, self.begin, self.end, shape)
 
-    def _prune(self, pl_module: LightningModule, name: str, parameter: Tensor, fraction: float, due: bool) -> None:
-        """Apply the mask, shrunk first where it is its time to."""
-        mask = mask_of(pl_module, name)
-        parameter.mul_(mask)
-        weight = self._by_concept(name, parameter, pl_module)
-        keep: Tensor | None = None
-        if self.mode == "cubic":
-            if due and fraction >= self.begin and self.target_nec is not None:
-                columns = weight.shape[1]
-                come = ramp(fraction, self.begin, self.end, "cubic")
-                keep = keep_largest(weight, columns - (columns - self.target_nec) * come)
-        elif bool(mask.all()):
-            # the optimizer's step has moved what the last proximal step had made zero
-            weight = self._by_concept(name, parameter * self._alive[name], pl_module)
-            keep = (weight != 0).any(2) if self.target_nec is None else keep_largest(weight, self.target_nec)
-        if keep is not None:
-            mask.copy_(keep.unsqueeze(-1).expand_as(weight).reshape(mask.shape))
-            parameter.mul_(mask)
+    def _prune(self, pl_module: LightningModule, target: _Target, fraction: float, due: bool) -> None:
+        """Keep the weights that are wanted by now; what was pruned stays so."""
+        apply_masks(pl_module, [target.name])
+        if due and fraction >= self.begin and self.target_nec is not None:
+            weight = target.by_concept(target.parameter)
+            surplus = weight.shape[1] - self.target_nec
+            keep = keep_largest(weight, weight.shape[1] - surplus * ramp(fraction, self.begin, self.end, "cubic"))
+            self._mask(pl_module, target, keep.unsqueeze(-1).expand_as(weight))
 
-    def _excess(self, pl_module: LightningModule) -> float:
+    def _freeze(self, pl_module: LightningModule, target: _Target) -> None:
+        """Keep the zeros, at first those that the last proximal step left and the optimizer has moved since."""
+        if not self._frozen:
+            target.parameter.masked_fill_(~self._alive[target.name], 0.0)
+            weight = target.by_concept(target.parameter)
+            keep = weight != 0
+            if self.target_nec is not None:
+                keep = keep & keep_largest(weight, self.target_nec).unsqueeze(-1)
+            self._mask(pl_module, target, keep)
+        apply_masks(pl_module, [target.name])
+
+    def _mask(self, pl_module: LightningModule, target: _Target, keep: Tensor) -> None:
+        mask_of(pl_module, target.name).copy_(keep.reshape(target.parameter.shape))
+        apply_masks(pl_module, [target.name])
+
+    def _excess(self) -> float:
         """Logarithm of how many times too many weights the last step left, in [-1, 1]; 0 where none are counted."""
         if self.mode != "adaptive" or self.target_nec is None:
             return 0.0
-        alive = [self._by_concept(name, alive, pl_module).any(2) for name, alive in self._alive.items()]
+        alive = [target.by_concept(self._alive[target.name]).any(2) for target in self._targets]
         found = sum(float(each.sum()) / len(each) for each in alive) / len(alive)
         return min(max(math.log(max(found, 1e-2) / self.target_nec), -1.0), 1.0)
 
+    def _remember(self, pl_module: LightningModule) -> None:
+        self._alive = {target.name: target.parameter.detach() != 0 for target in self._targets}
+        if self.masks:
+            self._masks = {target.name: mask_of(pl_module, target.name).clone() for target in self._targets}
+
     # ---------------------------------------------------------------- averaged weights
 
-    def _remember(self, pl_module: LightningModule) -> None:
-        self._alive = {name: pl_module.get_parameter(name) != 0 for name in self._penalties}
-        if self.masks:
-            self._masks = {name: mask_of(pl_module, name).clone() for name in self._penalties}
+    def _zeros(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Averaged weights and masks with the zeros of the model that trains; averages of its past have none."""
+        found = {name: state[name].where(alive.to(state[name].device), 0.0) for name, alive in self._alive.items()}
+        return found | {name + SUFFIX: mask.to(state[name].device) for name, mask in self._masks.items()}
 
-    def _restore_zeros(self, state: Mapping[str, Tensor]) -> None:
-        """Make weights zero that are zero in the model that trains; averages of its past are not, nor are its masks."""
+    def _restore_zeros(self, *models: nn.Module) -> None:
         with torch.no_grad():
-            for name, alive in self._alive.items():
-                state[name].mul_(alive.to(state[name].device))
-            for name, mask in self._masks.items():
-                state[name + SUFFIX].copy_(mask)
+            for model in models if self._averaged else ():
+                state = model.state_dict()
+                for name, value in self._zeros(state).items():
+                    state[name].copy_(value)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge averaged weights with their zeros."""
-        self._restore_zeros(pl_module.state_dict())
+        self._restore_zeros(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """End with the zeros, where averaged weights have just replaced the others."""
-        for model in (pl_module, *self._copies):
-            self._restore_zeros(model.state_dict())
+        self._restore_zeros(pl_module, *self._copies)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Save averaged weights with their zeros."""
-        self._restore_zeros(checkpoint["state_dict"])
+        if self._averaged:
+            checkpoint["state_dict"] = {**checkpoint["state_dict"], **self._zeros(checkpoint["state_dict"])}
 
     # ---------------------------------------------------------------- report
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log how sparse the parameters are: ``train/sparsity/{nec,density,lambda}``, by name if there are several."""
-        for name in self._penalties:
-            parameter = pl_module.get_parameter(name)
-            prefix = "train/sparsity" if len(self._penalties) == 1 else f"train/sparsity/{name}"
-            if parameter.ndim == 2:
-                found = Sparsity.of(self._by_concept(name, parameter.detach(), pl_module), 0.0)
-                pl_module.log_dict({f"{prefix}/nec": found.nec, f"{prefix}/density": found.density})
-            else:
-                pl_module.log(f"{prefix}/density", (parameter != 0).float().mean())
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        alone = sum(isinstance(callback, SparsitySchedule) for callback in callbacks) == 1
+        fraction = min(trainer.global_step / self._total, 1.0)
         if self.mode != "cubic":
-            fraction = trainer.global_step / self._total
-            strength = 0.0 if fraction > 1.0 - self.finetune else self.strength_at(fraction)
-            pl_module.log("train/sparsity/lambda", strength)
-
-    # ---------------------------------------------------------------- concepts and columns
-
-    def _by_concept(self, name: str, parameter: Tensor, pl_module: LightningModule) -> Tensor:
-        """``[rows, K, m]``: the numbers of a concept together, where a head reads several of each."""
-        width = values_per_concept(name, pl_module)
-        return parameter.view(len(parameter), -1, width)
-
-    def _groups(self, name: str, parameter: Tensor, pl_module: LightningModule) -> Tensor | None:
-        width = values_per_concept(name, pl_module)
-        if width == 1 or self.group_dim % parameter.ndim != 1:
-            return None
-        return torch.arange(parameter.shape[1], device=parameter.device) // width
+            over = bool(self.finetune) and fraction > 1.0 - self.finetune
+            prefix = "train/sparsity" if alone else f"train/sparsity/{self._targets[0].name}"
+            pl_module.log(f"{prefix}/lambda", 0.0 if over else self.strength_at(fraction), sync_dist=True)
+        for target in self._targets:
+            weight = target.parameter.detach()
+            found = {"density": float((weight != 0).float().mean())}
+            if weight.ndim == 2:
+                found["nec"] = Sparsity.of(target.by_concept(weight), 0.0).nec
+            prefix = "train/sparsity" if alone and len(self._targets) == 1 else f"train/sparsity/{target.name}"
+            pl_module.log_dict({f"{prefix}/{key}": value for key, value in found.items()}, sync_dist=True)
 
 
-def values_per_concept(name: str, pl_module: LightningModule) -> int:
-    """How many columns of a parameter belong to one concept: several in the head on concept embeddings, else one."""
+def values_per_concept(name: str, parameter: Tensor, pl_module: LightningModule) -> int:
+    """How many columns of a parameter belong to one concept: several in a head on concept embeddings, else one."""
     layout = getattr(getattr(pl_module, "head", None), "layout", None)
-    return int(layout.width) if layout is not None and name.startswith("head.") and not layout.extra else 1
-
-
-def step_sizes(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor) -> float | Tensor:
-    """By what an optimizer multiplied each entry of the (averaged) gradient in the step that it has just made.
-
-    Args:
-        optimizer: Has made a step.
-        group: The parameter's group.
-        parameter: With a state in the optimizer.
-    """
-    state = optimizer.state[parameter]
-    rate = float(group["lr"])
-    second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-    if not isinstance(second, Tensor) or second.shape != parameter.shape or "betas" not in group:
-        return rate
-    corrected: Tensor = second / (1.0 - group["betas"][1] ** float(state["step"]))
-    sizes: Tensor = rate / (corrected.sqrt() + group["eps"])
-    return sizes
+    if layout is None or layout.extra or not name.startswith("head.") or parameter.ndim != 2:
+        return 1
+    return int(layout.width) if parameter.shape[1] == layout.size else 1

@@ -78,7 +78,7 @@ class TemperatureSchedule(Callback):
         """Find out how long the training is."""
         of_epochs = float(trainer.max_epochs) if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
         self._total = of_epochs if self.interval == "epoch" else float(trainer.estimated_stepping_batches)
-        if not math.isfinite(self._total):
+        if not 0 < self._total < math.inf:
             limit = "max_epochs" if self.interval == "epoch" else "max_epochs or max_steps"
             raise ValueError(f"TemperatureSchedule: shares of the training need {limit} in the Trainer")
 
@@ -94,7 +94,7 @@ class TemperatureSchedule(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log ``train/temperature``."""
-        pl_module.log("train/temperature", pl_module.get_buffer(self._names[0]))
+        pl_module.log("train/temperature", pl_module.get_buffer(self._names[0]), sync_dist=True)
 
     def temperature_at(self, fraction: float) -> float:
         """The temperature after a share of the training."""

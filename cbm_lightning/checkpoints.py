@@ -75,7 +75,10 @@ class PortableModule(Configurable, LightningModule):
 
         `restore_randomness` sets these when training begins.
         """
-        restore_masks(self, checkpoint["state_dict"])
+        # a run that averages weights keeps the others under a second key
+        for key in ("state_dict", "current_model_state"):
+            if key in checkpoint:
+                restore_masks(self, checkpoint[key])
         resumes = self._trainer is not None and self._trainer.state.fn == "fit"
         self._resumed_rng = checkpoint.get("cbm_lightning", {}).get("rng") if resumes else None
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+import inspect
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchmetrics.utilities.distributed import gather_all_tensors
 
+from cbm_lightning.configurable import plain
 from cbm_lightning.labels import Task
 from cbm_lightning.optimization import ClassSpec, resolve
 from cbm_lightning.sparsity.nec import Sparsity
@@ -20,17 +23,7 @@ if TYPE_CHECKING:
     from cbm_lightning.heads import LabelHead
 
 
-class Estimator(Protocol):
-    """A linear classifier in scikit-learn's conventions; fitted, it has ``coef_``, ``intercept_`` and ``classes_``."""
-
-    def fit(self, X: Any, y: Any) -> Any:
-        """Fit on scores ``[n, V]`` and labels."""
-
-    def get_params(self, deep: bool = True) -> dict[str, Any]:
-        """The arguments of construction."""
-
-
-def solver_spec(given: ClassSpec | Estimator) -> dict[str, Any]:
+def solver_spec(given: Any) -> dict[str, Any]:
     """The plain form ``{"class_path": ..., "init_args": ...}`` of an estimator, checked by making it.
 
     Args:
@@ -38,13 +31,33 @@ def solver_spec(given: ClassSpec | Estimator) -> dict[str, Any]:
             path, or ``{"class_path": ..., "init_args": ...}``.
 
     Raises:
-        ValueError: There is no such class, or an argument is unknown or out of range.
+        ValueError: There is no such class, or an argument is unknown, out of range or no plain value.
     """
-    if not isinstance(given, (str, dict)):
-        init_args = {name: value for name, value in given.get_params(deep=False).items() if value is not None}
-        return {"class_path": f"{type(given).__module__}.{type(given).__qualname__}", "init_args": init_args}
-    make_solver(given)
-    return {"class_path": given, "init_args": {}} if isinstance(given, str) else dict(given)
+    if isinstance(given, str):
+        spec: dict[str, Any] = {"class_path": given, "init_args": {}}
+    elif isinstance(given, Mapping):
+        spec = dict(given)
+    elif isinstance(given, type) or not hasattr(given, "get_params"):
+        raise ValueError(f"solver: expected an estimator, such as ElasticNetPath(nec=5), got {given!r}")
+    else:
+        defaults = inspect.signature(type(given)).parameters
+        chosen = {name: _plain(value) for name, value in given.get_params(deep=False).items()}
+        chosen = {name: value for name, value in chosen.items() if value != defaults[name].default}
+        spec = {"class_path": f"{type(given).__module__}.{type(given).__qualname__}", "init_args": chosen}
+    spec["init_args"] = {name: _plain(value) for name, value in (spec.get("init_args") or {}).items()}
+    make_solver(spec)
+    return spec
+
+
+def _plain(value: Any) -> Any:
+    """A value as a checkpoint can hold it: NumPy's numbers and arrays as numbers and lists."""
+    if isinstance(value, dict):
+        # the keys of class weights are labels, and stay numbers
+        return {key: _plain(item) for key, item in value.items()}
+    try:
+        return plain(value.tolist() if hasattr(value, "tolist") else value)
+    except TypeError as error:
+        raise ValueError(f"solver: {error}") from None
 
 
 def make_solver(spec: ClassSpec) -> Any:
@@ -68,16 +81,18 @@ class HeadSolver:
         task: What the label is.
 
     Raises:
-        ValueError: The head takes no weights, or the estimator fits biases for a head that has none.
+        ValueError: The head takes no weights, the estimator fits biases for a head that has none, or the estimator
+            cannot work with so many concepts or with such labels.
     """
 
-    def __init__(self, spec: ClassSpec | Estimator | None, head: LabelHead, concepts: ConceptSet, task: Task) -> None:
-        assert spec is not None
-        self.estimator = make_solver(solver_spec(spec))
+    def __init__(self, spec: dict[str, Any], head: LabelHead, concepts: ConceptSet, task: Task) -> None:
+        self.estimator = make_solver(spec)
         self.head, self.concepts, self.task = head, concepts, task
         self._values: list[Tensor] = []
         self._labels: list[Tensor] = []
         head.check_solver(self.estimator.get_params())
+        if hasattr(self.estimator, "check_problem"):
+            self.estimator.check_problem(head.layout.concepts, task == "multilabel")
 
     def take(self, output: ConceptOutput, label: Tensor, batch_idx: int) -> None:
         """Keep what the head reads of a batch.
@@ -118,7 +133,7 @@ class HeadSolver:
         if "distributed" in accepted:
             self.estimator.fit(values, labels, self._names())
         else:
-            self.estimator.fit(values.numpy(), labels.numpy())
+            self.estimator.fit(values.double().numpy(), labels.numpy())
         coef = torch.as_tensor(self.estimator.coef_).float()
         intercept = torch.as_tensor(self.estimator.intercept_).float().expand(len(coef))
         classes = torch.as_tensor(self.estimator.classes_).long()

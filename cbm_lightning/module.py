@@ -188,14 +188,15 @@ class CBMModule(PhasedTraining):
             check_batch(content, self.concept_set, self.num_classes, self.task, needs_concepts)
         return content
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """One training step of the current phase; None where a solver only reads the batch."""
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """One training step of the current phase; where a solver only reads the batch, a loss that moves nothing."""
         content = self.checked(batch, batch_idx)
         if self._solver is not None:
             with torch.no_grad():
                 output = self.bottleneck(self.encode(content), content.get("concepts"))
-                self._solver.take(self.head_reads(output, content), content["label"], batch_idx)
-            return None
+                reads = self.head_reads(output, content) if self.phase.head_input == "true" else output
+                self._solver.take(reads, content["label"], batch_idx)
+            return torch.zeros((), device=self.device, requires_grad=True)
         for part in (self.bottleneck, self.head):
             part.on_progress(self.progress())
         output = self.bottleneck(self.encode(content), content.get("concepts"))

@@ -38,6 +38,9 @@ def resolve(spec: ClassSpec, namespace: Any, base: type, what: str) -> tuple[typ
     except ImportError as error:
         raise ValueError(f"{what}: cannot import {path!r}: {error}") from error
     known = {n: c for n, c in vars(module).items() if isinstance(c, type) and issubclass(c, base) and c is not base}
+    # a package may import a class no earlier than it is asked for
+    lazy = getattr(module, name, None) if module_name else None
+    known |= {name: lazy} if isinstance(lazy, type) and issubclass(lazy, base) else {}
     cls = known.get(name) or next((c for n, c in known.items() if n.lower() == name.lower()), None)
     if cls is None:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.4)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from cbm_lightning.head_solver import Estimator, solver_spec
-from cbm_lightning.optimization import ClassSpec
+from cbm_lightning.head_solver import solver_spec
 
 HeadInput = Literal["predicted", "true", "detached"]
 PARTS = ("backbone", "bottleneck", "head")
@@ -27,9 +26,8 @@ class Phase:
             the total nor logged, and label metrics are not logged while the weight of ``label`` is 0.
         lr: Learning rate of this phase; None takes the module's.
         solver: Fits the head instead of gradients: an estimator in scikit-learn's conventions (`ElasticNetPath`,
-            ``sklearn.linear_model.LogisticRegression``), or its class by name, path or ``{"class_path": ...,
-            "init_args": ...}``. Such a phase trains the head alone and takes one epoch, which is one pass over the
-            training data.
+            ``sklearn.linear_model.LogisticRegression``), or ``{"class_path": ..., "init_args": ...}``. Such a phase
+            trains the head alone and takes one epoch, which is one pass over the training data; RandInt is off.
 
     Raises:
         ValueError: A part, a head input or a number is not one of those above, or does not go with a solver.
@@ -45,7 +43,7 @@ class Phase:
     head_input: HeadInput = "predicted"
     loss_weights: Mapping[str, float] = field(default_factory=dict)
     lr: float | None = None
-    solver: ClassSpec | Estimator | None = None
+    solver: Any = None
 
     def __post_init__(self) -> None:
         if self.solver is not None:
@@ -61,7 +59,7 @@ class Phase:
         if self.lr is not None and self.lr <= 0:
             raise ValueError(f"phase {self.name!r}: lr: expected a positive number, got {self.lr}")
 
-    def _check_solver(self, solver: ClassSpec | Estimator) -> None:
+    def _check_solver(self, solver: Any) -> None:
         wrong = {"lr": self.lr, "epochs": None if self.epochs == 1 else self.epochs}
         if given := {name: value for name, value in wrong.items() if value is not None}:
             raise ValueError(f"phase {self.name!r}: a solver takes one epoch and no learning rate, got {given}")

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    EarlyStopping,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import DDPStrategy
 
 from cbm_lightning.phases import PARTS, Phase
@@ -74,6 +80,22 @@ def check_stopping(trainer: Trainer, phases: Sequence[Phase], starts: Sequence[i
         raise ValueError(
             f"{type(stopping[0]).__name__} may end the run before phase {phases[-1].name!r} begins; give the phases "
             f"their epochs and drop it, or set the Trainer's min_epochs above {starts[-1]}"
+        )
+
+
+def check_averaging(trainer: Trainer, phases: Sequence[Phase]) -> None:
+    """Check that what a solver fits is not averaged with what it replaces.
+
+    Raises:
+        ValueError: A phase has a solver, and a callback averages weights.
+    """
+    solving = [phase.name for phase in phases if phase.solver]
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [c for c in callbacks if isinstance(c, (WeightAveraging, StochasticWeightAveraging))]
+    if solving and averaging:
+        raise ValueError(
+            f"phase {solving[0]!r} fits the head to the latest weights, which {type(averaging[0]).__name__} would "
+            "replace by averages; drop the callback, or fit the head in a second run on what was averaged"
         )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -31,7 +31,8 @@ from cbm_lightning.optimization import (
     make_scheduler,
 )
 from cbm_lightning.phases import PARTS, Phase, make_phases, phase_starts
-from cbm_lightning.preflight import check_monitors, check_stopping, check_strategy
+from cbm_lightning.preflight import check_averaging, check_monitors, check_stopping, check_strategy
+from cbm_lightning.sparsity.masks import apply_masks, masked
 from cbm_lightning.types import Batch, ConceptOutput
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class PhasedTraining(PortableModule):
         self._paused: list[nn.Parameter] = []
         self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque()
         self._solver: HeadSolver | None = None
+        self._masked: list[str] = []
 
     # ---------------------------------------------------------------- before training
 
@@ -108,6 +110,7 @@ class PhasedTraining(PortableModule):
         check_strategy(self.trainer.strategy, self.phases, self.loss_weights, trainable)
         check_monitors(self.trainer, self.phases, self.loss_weights, self.monitor)
         check_stopping(self.trainer, self.phases, self._starts)
+        check_averaging(self.trainer, self.phases)
         for phase in self.phases:
             if phase.solver:
                 self._make_solver(phase)
@@ -178,9 +181,15 @@ class PhasedTraining(PortableModule):
         # a phase that the run ends before still gets a schedule
         return max(int(steps), 1) if math.isfinite(steps) else None
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Step, then let bottleneck and head project their parameters."""
-        super().optimizer_step(*args, **kwargs)
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Optimizer | LightningOptimizer, optimizer_closure: Any = None
+    ) -> None:
+        """Step, then let bottleneck and head project their parameters; where a solver fits, only read the batch."""
+        if self._solver is not None:
+            optimizer_closure()
+            return
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        apply_masks(self, self._masked)
         self.bottleneck.constrain()
         self.head.constrain()
 
@@ -198,7 +207,9 @@ class PhasedTraining(PortableModule):
 
     def on_train_start(self) -> None:
         """Enter the phase of the first epoch, or of the middle of one where a run is resumed there."""
+        self._masked = masked(self)
         self._enter_phase()
+        self._solver = self._make_solver(self.phase) if self.phase.solver else None
 
     def on_train_epoch_start(self) -> None:
         """Restore the randomness of a resumed run, and enter a phase when its first epoch begins."""
@@ -208,10 +219,7 @@ class PhasedTraining(PortableModule):
         self._recent.clear()
         self._enter_phase()
         self._restart_rates(self.current_epoch)
-        if self.phase.solver:
-            self._solver = self._make_solver(self.phase)
-            # steps without a loss are what such a phase consists of
-            warnings.filterwarnings("ignore", message="`training_step` returned `None`")
+        self._solver = self._make_solver(self.phase) if self.phase.solver else None
 
     def _make_solver(self, phase: Phase) -> HeadSolver:
         return HeadSolver(phase.solver, self.head, self.concept_set, self.task)

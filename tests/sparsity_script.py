@@ -32,9 +32,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 LOGISTIC = "sklearn.linear_model.LogisticRegression"
 SOLVERS: dict[str, Any] = {
-    "path": {"class_path": "ElasticNetPath", "init_args": {"nec": 2, "tol": 1e-6}},
-    "logistic": {"class_path": LOGISTIC, "init_args": {"C": 0.5, "tol": 1e-6}},
-    "class unseen": {"class_path": "ElasticNetPath", "init_args": {"lambdas": 0.05, "tol": 1e-6}},
+    "path": {"class_path": "ElasticNetPath", "init_args": {"nec": 2, "tol": 1e-8, "max_iter": 1000}},
+    "logistic": {"class_path": LOGISTIC, "init_args": {"C": 0.5, "tol": 1e-8, "max_iter": 1000}},
+    "class unseen": {"class_path": "ElasticNetPath", "init_args": {"lambdas": 0.05, "tol": 1e-8, "max_iter": 1000}},
 }
 
 

@@ -204,7 +204,6 @@ def configured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize(
     ("solver", "zeros"),
     [
-        ("{class_path: ElasticNetPath, init_args: {nec: 2}}", 6),
         ("{class_path: cbm_lightning.sparsity.ElasticNetPath, init_args: {nec: 2}}", 6),
         ("ElasticNetPath", None),
         (f"{{class_path: {LOGISTIC}, init_args: {{C: 0.5}}}}", 0),

@@ -138,8 +138,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         self._check()
         problem, encoded = self._problem(X, y, names)
         concepts, levels = problem.design.columns // self.group_size, _as_list(self.nec)
-        if levels and levels[-1] > concepts:
-            raise ValueError(f"nec: expected at most the {concepts} concepts of X, got {levels[-1]}")
+        self.check_problem(concepts, encoded.multilabel)
         penalty, null = self._penalty(problem.design), problem.null()
         largest = penalty.null_strength(problem.gradient(problem.logits(null))[0])
         if largest == 0:
@@ -167,6 +166,21 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         )
         return self
 
+    def check_problem(self, concepts: int, multilabel: bool) -> None:
+        """Check the arguments against a problem before there is data.
+
+        Args:
+            concepts: Number of concepts.
+            multilabel: Whether a sample may have several labels.
+
+        Raises:
+            ValueError: ``nec`` is above the number of concepts, or the family knows one label a sample only.
+        """
+        if self.nec is not None and _as_list(self.nec)[-1] > concepts:
+            raise ValueError(f"nec: expected at most the {concepts} concepts of X, got {_as_list(self.nec)[-1]:g}")
+        if multilabel and self.family != "ovr":
+            raise ValueError(f"family: several labels a sample need family='ovr', got {self.family!r}")
+
     def at_nec(self, level: float, prune: bool = True) -> SparseSolution:
         """The solution of the path with so many effective concepts or few more, pruned to exactly as many.
 
@@ -179,7 +193,9 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         return at_nec(self.path_, level, prune)
 
-    def refit(self, solution: SparseSolution, X: Any, y: Any, ridge: float = 1e-3) -> SparseSolution:
+    def refit(
+        self, solution: SparseSolution, X: Any, y: Any, ridge: float = 1e-3, names: Sequence[str] | None = None
+    ) -> SparseSolution:
         """Fit the weights that a solution keeps anew, with a ridge instead of the penalty.
 
         Args:
@@ -187,6 +203,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             X: As in `fit`.
             y: As in `fit`, with the same classes.
             ridge: Strength of the ridge, above 0: without one, weights grow without end where classes are separable.
+            names: As in `fit`.
 
         Raises:
             ValueError: Columns or classes are others than in `fit`, or the ridge is not positive.
@@ -194,7 +211,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self)
         if not ridge > 0:
             raise ValueError(f"ridge: expected a positive number, got {ridge}")
-        problem, encoded = self._problem(X, y, None)
+        problem, encoded = self._problem(X, y, names)
         self._check_columns(problem.design.x)
         if not np.array_equal(encoded.classes, self.classes_):
             raise ValueError(f"y: expected the classes {self.classes_.tolist()}, got {encoded.classes.tolist()}")
@@ -326,8 +343,9 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return path
 
     def _refit(self, problem: Problem, solution: SparseSolution, ridge: float) -> SparseSolution:
-        keep = KeptRidge(solution.weight != 0)
-        start = Point(solution.weight, solution.bias, problem.family.curvature)
+        keep = KeptRidge((solution.weight != 0).to(problem.gram.device))
+        weight, bias = solution.weight.to(problem.gram), solution.bias.to(problem.gram)
+        start = Point(weight, bias, problem.family.curvature)
         fitted, _ = self._solve(problem, keep, ridge, start)
         return replace(fitted, lam=solution.lam)
 

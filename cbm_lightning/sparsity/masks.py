@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
@@ -46,6 +46,19 @@ def attach_mask(module: nn.Module, name: str) -> None:
 def mask_of(module: nn.Module, name: str) -> Tensor:
     """The mask of a parameter, of its shape."""
     return module.get_buffer(name + SUFFIX)
+
+
+def apply_masks(module: nn.Module, names: Iterable[str]) -> None:
+    """Make zero what is masked, wherever momentum or averages have moved it."""
+    with torch.no_grad():
+        for name in names:
+            module.get_parameter(name).masked_fill_(mask_of(module, name) == 0, 0.0)
+
+
+def masked(module: nn.Module) -> list[str]:
+    """The names of the parameters that have a mask."""
+    buffers = dict(module.named_buffers())
+    return [name for name, _ in module.named_parameters() if name + SUFFIX in buffers]
 
 
 def restore_masks(module: nn.Module, state: MutableMapping[str, Any]) -> None:

@@ -47,7 +47,7 @@ def group_soft_threshold(x: Tensor, threshold: float | Tensor, dim: int = 1, gro
     scale = (norms - threshold).clamp(min=0.0) / norms.clamp(min=torch.finfo(x.dtype).tiny)
     shape = [1] * x.ndim
     shape[dim] = -1
-    return x * (scale if groups is None else scale[groups]).view(shape)
+    return x * (scale if groups is None else scale[groups.to(x.device)]).view(shape)
 
 
 def group_norms(x: Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor:
@@ -62,7 +62,7 @@ def group_norms(x: Tensor, dim: int = 1, groups: Tensor | None = None) -> Tensor
         norms: Tensor = torch.linalg.vector_norm(x, dim=others)
         return norms
     squares = x.square().sum(others)
-    return squares.new_zeros(int(groups.max()) + 1).index_add(0, groups, squares).sqrt()
+    return squares.new_zeros(int(groups.max()) + 1).index_add(0, groups.to(x.device), squares).sqrt()
 
 
 class Face(NamedTuple):
@@ -213,15 +213,16 @@ class GroupElasticNet(Penalty):
             return by_group
         shape = [1] * like.ndim
         shape[self.dim] = -1
-        return (by_group if self.groups is None else by_group[self.groups]).view(shape)
+        return (by_group if self.groups is None else by_group[self.groups.to(by_group.device)]).view(shape)
 
     def _group_mean(self, x: Tensor) -> Tensor:
         means = x.mean([d for d in range(x.ndim) if d != self.dim % x.ndim])
         if self.groups is None:
             return means
         zeros = means.new_zeros(int(self.groups.max()) + 1)
-        counts = zeros.index_add(0, self.groups, torch.ones_like(means))
-        return zeros.index_add(0, self.groups, means) / counts
+        groups = self.groups.to(means.device)
+        counts = zeros.index_add(0, groups, torch.ones_like(means))
+        return zeros.index_add(0, groups, means) / counts
 
 
 class KeptRidge(Penalty):

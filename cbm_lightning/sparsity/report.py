@@ -51,6 +51,7 @@ def kept_concepts(
             f"concepts, classes: expected {weight.shape[1]} and {len(weight)} names, got {len(concepts)} and "
             f"{len(classes)}"
         )
+    weight = weight.detach()
     size = weight if weight.ndim == 2 else weight.norm(dim=2)
     used = kept(weight, threshold)
     rows: list[dict[str, str | float]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,7 +194,7 @@ class NECStudy:
     def finish(self) -> NECResult:
         """The curves, over all processes."""
         with torch.inference_mode(False):
-            found = {name: metric.compute().tolist() for name, metric in self._metrics.items()}
+            found = {name: metric.compute().reshape(-1).tolist() for name, metric in self._metrics.items()}
             samples = 0
             for metric in self._metrics.values():
                 samples = int(metric.total)
@@ -223,7 +223,9 @@ class NECStudy:
         solutions = [path.at_nec(level) if dense is None else dense.pruned(level) for level in self.levels]
         self._keep(name, solutions, path, x)
         if self.refit_ridge is not None:
-            self._keep(f"{name}_refit", [path.refit(s, x, label, self.refit_ridge) for s in solutions], path, x)
+            rows = [as_fitted(s, torch.as_tensor(path.classes_), len(path.solution_.bias)) for s in solutions]
+            names = self.names if x is train.values else None
+            self._keep(f"{name}_refit", [path.refit(s, x, label, self.refit_ridge, names) for s in rows], path, x)
 
     def _keep(self, name: str, solutions: list[SparseSolution], path: ElasticNetPath, x: Tensor) -> None:
         classes = torch.as_tensor(path.classes_).long()
@@ -236,6 +238,27 @@ class NECStudy:
         weight, bias = (torch.stack(column).to(x) for column in zip(*rows, strict=True))
         self._solutions[name] = solutions
         self._metrics[name] = HeadAccuracy(weight, bias, self.task).to(x.device)
+
+
+def as_fitted(solution: SparseSolution, classes: Tensor, rows: int) -> SparseSolution:
+    """A head with the rows that a classifier fitted to the same samples has: the inverse of `fill_rows`.
+
+    Args:
+        solution: Has a row a logit.
+        classes: The classes that the samples have.
+        rows: Of the classifier.
+    """
+    weight, bias = solution.weight, solution.bias
+    if len(bias) == rows:
+        return solution
+    if len(bias) == 1:
+        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
+    else:
+        chosen = classes.long().to(bias.device)
+        weight, bias = weight[chosen], bias[chosen]
+        if rows == 1:
+            weight, bias = weight[1:] - weight[:1], bias[1:] - bias[:1]
+    return replace(solution, weight=weight, bias=bias)
 
 
 def standardized(weight: Tensor, bias: Tensor, like: SparseSolution) -> SparseSolution:
