@@ -59,13 +59,12 @@ def birds(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any
         "num_train": options.num_train,
         "num_test": 2000,
     }
-    backbone = {"init_args": {"img_size": options.bird_pixels}}
-    trainer = {"max_epochs": options.bird_epochs, **QUIET}
-    return "quickstart", {
-        "trainer": trainer,
-        "model": {"init_args": {"backbone": backbone}},
-        "data": {"init_args": data},
+    model = {
+        "backbone": {"init_args": {"img_size": options.bird_pixels}},
+        "lr_multipliers": {"head": options.head_lr},
     }
+    trainer = {"max_epochs": options.bird_epochs, **QUIET}
+    return "quickstart", {"trainer": trainer, "model": {"init_args": model}, "data": {"init_args": data}}
 
 
 def photographs(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -74,7 +73,11 @@ def photographs(options: argparse.Namespace, folder: Path) -> tuple[str, dict[st
     if not tree.is_dir():
         write_cub_tree(tree, options.shared / "data" / "cub10")
     config = cub10.overrides(options.shared.resolve(), tree, finetune=False, epochs=options.epochs)
-    config["model"]["init_args"]["bottleneck"] = {"init_args": {"link": options.link}}
+    config["model"]["init_args"] |= {
+        "bottleneck": {"init_args": {"link": options.link}},
+        # a mapping replaces the recipe's, whose backbone, if it trained, would learn at this rate
+        "lr_multipliers": {"backbone": 0.1, "head": options.head_lr},
+    }
     return "cub_joint", config
 
 
@@ -181,6 +184,7 @@ def run() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=40, help="of the photographs' recipe")
     parser.add_argument("--link", default="sigmoid", choices=["sigmoid", "logits"], help="of the photographs' concepts")
+    parser.add_argument("--head_lr", type=float, default=1.0, help="times the recipe's learning rate, for every head")
     parser.add_argument("--bird_epochs", type=int, default=12)
     parser.add_argument("--num_train", type=int, default=800, help="drawn birds to train on")
     parser.add_argument("--variation", type=float, default=0.15, help="within-class variation of the birds")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -46,7 +47,7 @@ class Predicted(NamedTuple):
 
 def predictions(
     trainer: Trainer, pl_module: LightningModule, split: str, limit: int | None = None
-) -> Iterator[Predicted]:
+) -> Generator[Predicted, None, None]:
     """Predict a split once, its samples shared among the processes; modes and random states stay as they were.
 
     Args:
@@ -59,14 +60,14 @@ def predictions(
         The samples of this process, batch by batch.
     """
     module = cast(Predicts, pl_module)
-    with evaluating(pl_module):
-        for batch, position in batches(trainer, pl_module, split, limit):
+    with evaluating(pl_module), closing(batches(trainer, pl_module, split, limit)) as found:
+        for batch, position in found:
             yield Predicted(predict(trainer, module, batch), batch, position)
 
 
 def batches(
     trainer: Trainer, pl_module: LightningModule, split: str, limit: int | None = None
-) -> Iterator[tuple[Batch, Tensor]]:
+) -> Generator[tuple[Batch, Tensor], None, None]:
     """Read a split once, without predicting. Arguments as in `predictions`.
 
     Yields:

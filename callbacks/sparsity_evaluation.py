@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import torch
@@ -83,7 +84,12 @@ class SparsityEvaluation(EvaluationCallback):
         self._studies: list[tuple[NECStudy, Positions]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check every option against the model before anything runs."""
+        """Check every option against the model, and the name against other evaluations, before anything runs."""
+        others = [c for c in trainer.callbacks if isinstance(c, SparsityEvaluation) and c is not self]  # type: ignore[attr-defined]
+        if any(c.name == self.name and set(c.stages) & set(self.stages) for c in others):
+            raise ValueError(
+                f"name: two evaluations of one Trainer would log under {self.name!r}; give each a name of its own"
+            )
         self._study(trainer, pl_module).check()
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
@@ -134,7 +140,8 @@ class SparsityEvaluation(EvaluationCallback):
                 log_table(trainer, f"{name}/accuracy{suffix}", result.table())
                 log_figure(trainer, f"{name}/figure{suffix}", draw_nec_curves(result))
                 classes = getattr(module, "class_names", None) or [str(c) for c in range(module.num_classes)]
-                rows = classes if len(result.kept) == len(classes) else classes[-len(result.kept) :]
+                # the one logit of a binary label speaks for its second class
+                rows = classes if module.task != "binary" else classes[-1:]
                 kept = kept_concepts(result.kept, list(module.concept_set.names), rows)
                 log_table(trainer, f"{name}/kept_concepts{suffix}", kept)
                 title = f"{result.levels[0]:g} concepts a class"
@@ -167,10 +174,9 @@ class SparsityEvaluation(EvaluationCallback):
     def _training_scores(self, trainer: Trainer, pl_module: LightningModule) -> Scores:
         layout = cast(Any, pl_module).bottleneck.layout
         columns = layout.concepts * layout.width
-        rows = [
-            scores_of(prediction, batch["label"], columns)
-            for prediction, batch, _ in predictions(trainer, pl_module, "train", self.fit_batches)
-        ]
+        # closed at once, for a pass that is left open keeps gradients switched off
+        with closing(predictions(trainer, pl_module, "train", self.fit_batches)) as batches:
+            rows = [scores_of(prediction, batch["label"], columns) for prediction, batch, _ in batches]
         values, pooled, label = (torch.cat([getattr(row, f) for row in rows]) for f in ("values", "pooled", "label"))
         return Scores(values, pooled, label)
 

@@ -69,7 +69,8 @@ class NECResult:
             random concepts), each also with the kept weights fitted anew (``path_refit``, ...).
         own: Sparsity of the model's own head, None if it has no weights a concept.
         samples: Number of samples judged.
-        kept: ``[L, K, m]`` weights on standardised scores at the lowest level, of ``path``.
+        kept: ``[L, K, m]`` weights on standardised scores at the lowest level, of ``path``; zero for a class without a
+            training sample.
     """
 
     levels: list[float]
@@ -143,6 +144,7 @@ class NECStudy:
         self._solutions: dict[str, list[SparseSolution]] = {}
         self._metrics: dict[str, HeadAccuracy] = {}
         self._directions: Tensor | None = None
+        self._kept = torch.zeros(num_outputs, num_concepts, group_size)
         self.own: Sparsity | None = None
 
     def check(self) -> None:
@@ -201,7 +203,7 @@ class NECStudy:
                 metric.reset()
         necs = {name: [solution.nec for solution in solutions] for name, solutions in self._solutions.items()}
         curves = {name: NECCurve(necs[name], accuracy) for name, accuracy in found.items()}
-        return NECResult(self.levels, curves, self.own, samples, self._solutions["path"][0].by_concept)
+        return NECResult(self.levels, curves, self.own, samples, self._kept)
 
     def _path(self, group_size: int) -> ElasticNetPath:
         from cbm_lightning.sparsity.elastic_net_path import ElasticNetPath
@@ -222,6 +224,10 @@ class NECStudy:
                 path.fit(x, label, self.names if x is train.values else None)
         solutions = [path.at_nec(level) if dense is None else dense.pruned(level) for level in self.levels]
         self._keep(name, solutions, path, x)
+        if name == "path":
+            classes, first = torch.as_tensor(path.classes_), solutions[0]
+            shown, _ = fill_rows(first.weight, first.bias, classes.long(), self.num_outputs, x)
+            self._kept = shown.unflatten(1, (-1, self.group_size))
         if self.refit_ridge is not None:
             rows = [as_fitted(s, torch.as_tensor(path.classes_), len(path.solution_.bias)) for s in solutions]
             names = self.names if x is train.values else None

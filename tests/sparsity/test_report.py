@@ -1,4 +1,4 @@
-"""The table of kept concepts, and its text and page, also for names that mean something in HTML."""
+"""The numbers and table of a study; the table of kept concepts, its text and page, for names that are HTML too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 import torch
 
-from cbm_lightning.sparsity import as_html, as_text, kept_concepts
+from cbm_lightning.sparsity import NECResult, Sparsity, as_html, as_text, kept_concepts
+from cbm_lightning.sparsity.study import NECCurve
 
 CONCEPTS = ["red", "round", "small", "wet"]
 CLASSES = ["apple", "stone", "plum"]
@@ -184,3 +185,30 @@ def test_a_page_of_numbers_as_names() -> None:
     found = pd.DataFrame({"class": [0, 1], "concept": ["red", "wet"], "weight": [1.0, -1.0]})
     assert Page(as_html(found, "t")).rows[1:] == [["0", "red +1.00"], ["1", "wet -1.00"]]
     assert as_text(found) == "0: +1.00 red\n1: -1.00 wet"
+
+
+# ---------------------------------------------------------------- a study
+
+
+def test_the_numbers_of_a_study_are_named_and_the_area_is_the_mean() -> None:
+    curves = {"path": NECCurve([1.0, 2.0], [0.5, 0.8]), "pruned": NECCurve([1.0, 1.25], [0.25, 0.3])}
+    found = NECResult([1, 2.5], curves, Sparsity.of(WEIGHT), 40, WEIGHT.unsqueeze(-1))
+    assert found.scalars() == pytest.approx(
+        {
+            "nec": 4 / 3,
+            "density": 1 / 3,
+            "active_concepts": 3,
+            "max_per_class": 3,
+            "empty_classes": 1,
+            "path/anec": 0.65,
+            "path/acc_at_nec1": 0.5,
+            "path/acc_at_nec2.5": 0.8,
+            "pruned/anec": 0.275,
+            "pruned/acc_at_nec1": 0.25,
+            "pruned/acc_at_nec2.5": 0.3,
+        }
+    )
+    rows = [("path", 1, 1.0, 0.5), ("path", 2.5, 2.0, 0.8), ("pruned", 1, 1.0, 0.25), ("pruned", 2.5, 1.25, 0.3)]
+    assert list(found.table().columns) == ["head", "level", "nec", "accuracy"]
+    assert list(found.table().itertuples(index=False, name=None)) == rows
+    assert list(NECResult([1, 2.5], curves, None, 40, WEIGHT).scalars())[0] == "path/anec"

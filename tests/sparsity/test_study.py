@@ -177,23 +177,7 @@ def test_levels_above_the_number_of_concepts_become_it() -> None:
     result = judge(study(levels=[30, 4, 10, 5]), scores())
     assert result.levels == [4, 5, CONCEPTS]
     assert list(result.scalars())[:4] == ["path/anec", "path/acc_at_nec4", "path/acc_at_nec5", "path/acc_at_nec8"]
-
-
-def test_the_area_is_the_mean_over_the_levels() -> None:
-    result = usual()
-    scalars = result.scalars()
-    for kind in KINDS:
-        levels = [scalars[f"{kind}/acc_at_nec{level:g}"] for level in LEVELS]
-        assert levels == result.curves[kind].accuracy
-        assert scalars[f"{kind}/anec"] == pytest.approx(np.mean(levels))
-    own = ["nec", "density", "active_concepts", "max_per_class", "empty_classes"]
-    assert len(scalars) == 4 * len(KINDS) + len(own)
-    assert [scalars[name] for name in own] == [CONCEPTS, 1.0, CONCEPTS, CONCEPTS, 0.0]
-    table = result.table()
-    assert list(table.columns) == ["head", "level", "nec", "accuracy"]
-    assert table["head"].tolist() == [kind for kind in KINDS for _ in LEVELS]
-    assert table["level"].tolist() == LEVELS * len(KINDS)
-    assert table[table["head"] == "pruned"]["accuracy"].tolist() == result.curves["pruned"].accuracy
+    assert result.scalars()["path/anec"] == pytest.approx(np.mean(result.curves["path"].accuracy))
 
 
 def test_what_is_not_asked_for_is_not_fitted() -> None:
@@ -400,18 +384,11 @@ def test_a_copy_judges_for_itself() -> None:
     assert one.curves != two.curves
 
 
-def test_batches_of_any_size_give_the_same() -> None:
-    whole = scores()
-    made = study()
-    made.fit(part(whole, TRAIN), head())
-    for start in range(150, 230, 7):
-        made.add(part(whole, slice(start, min(start + 7, 230))))
-    assert made.finish().curves == usual().curves
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"levels": []}, r"levels: expected one or more positive numbers of effective concepts, got \[\]"),
+        ({"levels": [5, -1]}, r"levels: expected one or more positive numbers .*, got \[5, -1\]"),
         ({"solver": {"aplha": 0.5}}, "solver: .*aplha"),
         ({"solver": {"alpha": 2.0}}, "alpha"),
         ({"solver": {"tol": 0.0}}, "tol: expected a positive number, got 0"),
@@ -419,13 +396,6 @@ def test_batches_of_any_size_give_the_same() -> None:
         ({"solver": {"dtype": "float16"}}, "dtype: expected one of"),
     ],
 )
-def test_bad_options_of_the_solver_are_told_before_a_fit(options: dict[str, Any], message: str) -> None:
-    made = study(**options)
+def test_bad_options_are_told_before_a_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        made.check()
-
-
-@pytest.mark.parametrize("levels", [[], [0], [5, -1]])
-def test_levels_are_positive(levels: list[float]) -> None:
-    with pytest.raises(ValueError, match="levels: expected one or more positive numbers"):
-        study(levels=levels)
+        study(**options).check()
