@@ -117,7 +117,7 @@ def study(setting: str, options: argparse.Namespace, seed: int, folder: Path) ->
         rows.append({"head": "dense", "level": level, **dense})
         for head, mode in MODES.items():
             # only the model's own head is of interest here, so the other heads are left out where they can be
-            own = SparsityEvaluation(options.levels, refit_ridge=None, random_concepts=False)
+            own = SparsityEvaluation([level], refit_ridge=None, random_concepts=False)
             found = evaluate(recipe, scheduled(overrides, mode, level), seed, folder, own)
             reached = {"nec": found["test/sparsity/nec"], "accuracy": found["test/label_acc"]}
             rows.append({"head": head, "level": level, **reached})
