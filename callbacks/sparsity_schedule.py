@@ -19,14 +19,14 @@ from cbm_lightning.sparsity.masks import SUFFIX, apply_masks, attach_mask, mask_
 from cbm_lightning.sparsity.nec import Sparsity
 from cbm_lightning.sparsity.penalties import Penalty, PenaltyName, make_penalty
 from cbm_lightning.sparsity.pruning import keep_largest
-from cbm_lightning.sparsity.schedules import check_ramp, ramp
+from cbm_lightning.sparsity.schedules import between, check_ramp, ramp
 from cbm_lightning.sparsity.step_sizes import step_sizes
 
 Mode = Literal["constant", "linear", "cosine", "cubic", "adaptive"]
 
-# the controller of the adaptive strength: by the exponential of what it may change within its ramp, and how it answers
-# at once to too many weights, which keeps it from overshooting
-INTEGRAL, PROPORTIONAL = 8.0, 2.0
+# the controller of the adaptive strength: how fast it integrates the excess over the ramp, how it answers at once,
+# which keeps it from overshooting, and over how many steps it averages the number of weights, which flickers
+INTEGRAL, PROPORTIONAL, MEMORY = 20.0, 0.5, 10
 
 
 class _Target(NamedTuple):
@@ -46,10 +46,14 @@ class SparsitySchedule(Callback):
     """Makes parameters sparse during training, with zeros that are exact.
 
     With the modes ``"constant"``, ``"linear"`` and ``"cosine"`` the strength of a penalty rises over the ramp and is
-    then held; ``"adaptive"`` steers it towards a number of effective concepts (NEC). The penalty acts as a proximal
-    step after every real step of the optimizer, whatever gradients were accumulated or steps skipped before: a
-    subgradient in the loss would never reach zero. ``"cubic"`` needs no penalty: it prunes the smallest weights, fast
-    at first, until ``target_nec`` is left (gradual magnitude pruning, Zhu and Gupta 2018); what is pruned stays so.
+    then held; ``"adaptive"`` steers it so that the number of effective concepts (NEC) falls to a target. The penalty
+    acts as a proximal step after every real step of the optimizer, whatever gradients were accumulated or steps
+    skipped before: a subgradient in the loss would never reach zero. ``"cubic"`` needs no penalty: it prunes the
+    smallest weights, fast at first, until ``target_nec`` is left (gradual magnitude pruning, Zhu and Gupta 2018); what
+    is pruned stays so.
+
+    Weights that have hardly begun to grow cannot show which of them matter: a head that trains from scratch for a few
+    epochs wants a larger learning rate than its backbone (``lr_multipliers: {head: 10}``) or a later ``begin``.
 
     Progress is read off ``trainer.global_step``, so a resumed run continues where it was. What a phase does not train
     is left alone.
@@ -70,7 +74,8 @@ class SparsitySchedule(Callback):
             which are classes, the NEC. With the other modes what is left when ``finetune`` begins.
         begin: Share of the training before the ramp (warm-up).
         end: Share of the training at which the ramp ends.
-        finetune: Share of the training, at its end, in which the zeros stay and the other weights train freely.
+        finetune: Share of the training, at its end, in which the zeros stay and the other weights train freely; it
+            begins by keeping the largest weights only, if there is a ``target_nec``.
         every_n_steps: Prune, or adapt the strength, at every n-th step.
 
     Raises:
@@ -120,6 +125,7 @@ class SparsitySchedule(Callback):
         self._targets: list[_Target] = []
         self._total = 0.0
         self._frozen = False
+        self._average = 0.0
         # what the last step left, which averaged weights do not know
         self._alive: dict[str, Tensor] = {}
         self._masks: dict[str, Tensor] = {}
@@ -133,13 +139,13 @@ class SparsitySchedule(Callback):
         return self._generate_state_key(parameters=self.patterns, mode=self.mode, target_nec=self.target_nec)
 
     def state_dict(self) -> dict[str, Any]:
-        """The strength, which ``"adaptive"`` finds on the way."""
-        return {"strength": self.strength}
+        """The strength, which ``"adaptive"`` finds on the way, and the average number of weights that it goes by."""
+        return {"strength": self.strength, "average": self._average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the strength over where it does not follow from the step."""
         if self.mode == "adaptive":
-            self.strength = float(state_dict["strength"])
+            self.strength, self._average = float(state_dict["strength"]), float(state_dict["average"])
 
     @property
     def masks(self) -> bool:
@@ -227,7 +233,7 @@ class SparsitySchedule(Callback):
             return
         finetuning = bool(self.finetune) and fraction > 1.0 - self.finetune
         with torch.no_grad():
-            excess = self._excess()
+            excess = self._excess(fraction)
             strength = self.strength_at(fraction) * math.exp(PROPORTIONAL * excess)
             for target in stepped:
                 if self.mode == "cubic":
@@ -258,13 +264,13 @@ class SparsitySchedule(Callback):
             self._mask(pl_module, target, keep.unsqueeze(-1).expand_as(weight))
 
     def _freeze(self, pl_module: LightningModule, target: _Target) -> None:
-        """Keep the zeros, at first those that the last proximal step left and the optimizer has moved since."""
+        """Keep the zeros: all but the largest weights, or those that the last proximal step left, before this one."""
         if not self._frozen:
-            target.parameter.masked_fill_(~self._alive[target.name], 0.0)
-            weight = target.by_concept(target.parameter)
-            keep = weight != 0
+            keep = target.by_concept(self._alive[target.name])
             if self.target_nec is not None:
-                keep = keep & keep_largest(weight, self.target_nec).unsqueeze(-1)
+                # by what the optimizer has made of them since, for a single step may have left too few
+                weight = target.by_concept(target.parameter)
+                keep = keep_largest(weight, self.target_nec).unsqueeze(-1).expand_as(weight)
             self._mask(pl_module, target, keep)
         apply_masks(pl_module, [target.name])
 
@@ -272,13 +278,19 @@ class SparsitySchedule(Callback):
         mask_of(pl_module, target.name).copy_(keep.reshape(target.parameter.shape))
         apply_masks(pl_module, [target.name])
 
-    def _excess(self) -> float:
-        """Logarithm of how many times too many weights the last step left, in [-1, 1]; 0 where none are counted."""
+    def _excess(self, fraction: float) -> float:
+        """Logarithm of how many times too many weights there are, in [-1, 1]; 0 where none are counted.
+
+        What is wanted falls over the ramp, by equal factors, from all weights to the target.
+        """
         if self.mode != "adaptive" or self.target_nec is None:
             return 0.0
         alive = [target.by_concept(self._alive[target.name]).any(2) for target in self._targets]
         found = sum(float(each.sum()) / len(each) for each in alive) / len(alive)
-        return min(max(math.log(max(found, 1e-2) / self.target_nec), -1.0), 1.0)
+        columns = sum(each.shape[1] for each in alive) / len(alive)
+        self._average += (found - self._average) / MEMORY if self._average else found
+        wanted = between(columns, self.target_nec, fraction, self.begin, self.end, "exponential")
+        return min(max(math.log(max(self._average, 1e-2) / wanted), -1.0), 1.0)
 
     def _remember(self, pl_module: LightningModule) -> None:
         self._alive = {target.name: target.parameter.detach() != 0 for target in self._targets}

@@ -325,3 +325,9 @@ def test_values_with_an_axis_of_samples_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"expected values \[B, V\] of one sample and time step, got \[1, 16, 4\]"):
         evaluate(model(Sampled("logits")))
+
+
+def test_two_evaluations_do_not_mix_what_they_log() -> None:
+    tester = quiet_trainer(callbacks=[SparsityEvaluation(), SparsityEvaluation([1, 3])])
+    with pytest.raises(ValueError, match="name: two evaluations of one Trainer would log under 'sparsity'"):
+        tester.test(model(), ToyData(), verbose=False)

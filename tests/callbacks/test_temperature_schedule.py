@@ -131,7 +131,7 @@ def test_steps_of_a_training_that_max_steps_ends() -> None:
 # ---------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # what wrote the checkpoint is not needed
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`", "ignore:You're resuming from a checkpoint")
 @pytest.mark.parametrize("every", [3, 6], ids=["in an epoch", "after an epoch"])
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_a_resumed_run_reads_the_same_temperatures(tmp_path: Path, interval: Any, every: int) -> None:
@@ -275,6 +275,7 @@ def test_a_training_without_an_end() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"buffers": []}, "buffers: "),
         ({"first": 0.0}, "first: expected a positive temperature, got 0.0"),
         ({"last": -0.5}, "last: expected a positive temperature, got -0.5"),
         ({"first": math.inf}, "first: .* got inf"),
