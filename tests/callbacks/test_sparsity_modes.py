@@ -101,10 +101,8 @@ def test_the_target_is_met_when_finetuning_begins_and_only_kept_weights_move_the
     schedule = SparsitySchedule(mode=mode, strength=0.05, begin=0.0, end=0.5, finetune=0.3, target_nec=target)
     watch = train(schedule)
     start = round(0.7 * TOTAL)
-    # the controller may have gone below its target, and what is zero stays zero
-    expected = min(round(3 * target), watch.counts[start - 1])
-    assert watch.counts[start:] == [expected] * (TOTAL - start)
-    assert mode == "adaptive" or expected == round(3 * target)
+    # even where the controller has gone below its target for a step
+    assert watch.counts[start:] == [round(3 * target)] * (TOTAL - start)
     assert all(torch.equal(alive, watch.alive[-1]) for alive in watch.alive[start:])
     kept = watch.alive[-1]
     for before, after in zip(watch.weights[start:-1], watch.weights[start + 1 :], strict=True):
