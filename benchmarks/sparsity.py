@@ -17,8 +17,8 @@ The birds are made hard by within-class noise, few images and a low resolution. 
 what is small is dropped while the model trains, so weights must be on one scale. Schedules keep their defaults but for
 the target and a last fifth of the training in which what is left trains freely. The model of the path is the checkpoint
 that the recipe keeps, by the loss in validation; the models with a schedule are the last, whose weights are sparse.
-All heads learn ten times faster than in the recipes (``--head_lr``): at the recipes' rate a head trained from scratch has
-hardly begun to learn when it is to become sparse, and ends with a training loss many times larger.
+All heads learn ten times faster than in the recipes (``--head_lr``): at the recipes' rate a head trained from scratch
+has hardly begun to learn when it is to become sparse, and ends with a training loss many times larger.
 """
 
 from __future__ import annotations

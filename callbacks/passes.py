@@ -139,7 +139,7 @@ def loader_of(trainer: Trainer, pl_module: LightningModule, split: str) -> tuple
             return in_order(flatten(getattr(source, hook)())[0])
     raise ValueError(
         f"the {split} split is needed and there is no datamodule with a {hook}: pass the datamodule to the Trainer, or "
-        "choose policies and values that learn nothing from it"
+        "choose options that learn nothing from it"
     )
 
 

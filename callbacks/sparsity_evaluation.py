@@ -8,12 +8,14 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
 from cbm_lightning.callbacks.loggers import log_figure, log_html, log_table
 from cbm_lightning.callbacks.passes import Positions, flatten, predict, predictions
 from cbm_lightning.callbacks.sparsity_figure import draw_nec_curves
+from cbm_lightning.heads import LabelHead
 from cbm_lightning.sparsity.report import as_html, kept_concepts
 from cbm_lightning.sparsity.study import LEVELS, NECResult, NECStudy, Scores
 from cbm_lightning.types import Prediction
@@ -27,7 +29,9 @@ class SparsityEvaluation(EvaluationCallback):
     also with the kept weights fitted anew. Then it judges all of them on the evaluated split. Logged are the scalars
     ``{val,test}/sparsity/{nec,density,active_concepts,max_per_class,empty_classes}`` of the model's own head,
     ``.../sparsity/HEAD/{anec,acc_at_nec5,...}``, the tables ``.../sparsity/accuracy`` and
-    ``.../sparsity/kept_concepts`` (also as a page of HTML), and the figure ``.../sparsity/figure``.
+    ``.../sparsity/kept_concepts`` (as a page of HTML ``.../sparsity/kept_concepts_page``), and the figure
+    ``.../sparsity/figure``. In a fit, training data that allow no head (one class only, say) are warned of, and the
+    evaluation is left out.
 
     Args:
         levels: Numbers of effective concepts; those above the number of concepts become that number. The kept concepts
@@ -99,16 +103,27 @@ class SparsityEvaluation(EvaluationCallback):
         labelled = bool(getattr(pl_module, "label_matters", True))
         if stage not in self.stages or not self.due(trainer) or not labelled or trainer.sanity_checking:
             return
+        try:
+            fitted = self._fitted(trainer, pl_module)
+        except ValueError as error:
+            if trainer.state.fn != "fit":
+                raise
+            rank_zero_warn(f"SparsityEvaluation is left out of this validation: {error}")
+            return
+        self._studies = [
+            (fitted if i == 0 else fitted.copy(), Positions(loader, trainer.world_size, trainer.global_rank))
+            for i, loader in enumerate(flatten(loaders))
+        ]
+
+    def _fitted(self, trainer: Trainer, pl_module: LightningModule) -> NECStudy:
+        """A study whose heads are fitted to the training split."""
         with torch.inference_mode(False), torch.no_grad():
             fitted = self._study(trainer, pl_module)
             head, layout = cast(Any, pl_module).head, cast(Any, pl_module).bottleneck.layout
             # a head that reads more than concepts is none that few concepts could replace
             own = None if layout.extra else head.linear_map()
             fitted.fit(self._training_scores(trainer, pl_module), own)
-        self._studies = [
-            (fitted if i == 0 else fitted.copy(), Positions(loader, trainer.world_size, trainer.global_rank))
-            for i, loader in enumerate(flatten(loaders))
-        ]
+        return fitted
 
     def take(
         self, trainer: Trainer, pl_module: LightningModule, stage: Stage, outputs: Any, batch: Any, dataloader_idx: int
@@ -145,30 +160,31 @@ class SparsityEvaluation(EvaluationCallback):
                 kept = kept_concepts(result.kept, list(module.concept_set.names), rows)
                 log_table(trainer, f"{name}/kept_concepts{suffix}", kept)
                 title = f"{result.levels[0]:g} concepts a class"
-                log_html(trainer, f"{name}/kept_concepts{suffix}", as_html(kept, title))
+                log_html(trainer, f"{name}/kept_concepts_page{suffix}", as_html(kept, title))
 
     def _study(self, trainer: Trainer, pl_module: LightningModule) -> NECStudy:
         """A fresh study."""
         module = cast(Any, pl_module)
-        if missing := [
-            name for name in ("concept_set", "bottleneck", "head", "read_batch") if not hasattr(module, name)
-        ]:
+        head, layout = getattr(module, "head", None), getattr(getattr(module, "bottleneck", None), "layout", None)
+        missing = [name for name in ("concept_set", "task", "read_batch") if not hasattr(module, name)]
+        missing += ["bottleneck"] * (layout is None) + ["head"] * (not isinstance(head, LabelHead))
+        if missing or layout is None or head is None:
             raise TypeError(
-                f"SparsityEvaluation needs a concept bottleneck model, {type(module).__name__} has no {missing}: use "
-                "CBMModule, or `sparsity.NECStudy` on scores of your own"
+                f"SparsityEvaluation needs a concept bottleneck model, {type(module).__name__} has no {missing} of the "
+                "kind that it reads: use CBMModule, or `sparsity.NECStudy` on scores of your own"
             )
         own = {"distributed": trainer.world_size > 1, "device": str(pl_module.device)}
         return NECStudy(
             len(module.concept_set),
-            module.head.num_outputs,
+            head.num_outputs,
             module.task,
             self.levels,
-            module.bottleneck.layout.width,
+            layout.width,
             {**own, **self.solver},
             self.refit_ridge,
             self.random_concepts,
             self.seed,
-            [name for name in module.concept_set.names for _ in range(module.bottleneck.layout.width)],
+            [name for name in module.concept_set.names for _ in range(layout.width)],
         )
 
     def _training_scores(self, trainer: Trainer, pl_module: LightningModule) -> Scores:

@@ -115,6 +115,8 @@ class SparsitySchedule(Callback):
             raise ValueError(f"every_n_steps: expected at least 1, got {every_n_steps}")
         make_penalty(penalty, alpha)
         self.patterns = [parameters] if isinstance(parameters, str) else list(parameters)
+        if not self.patterns:
+            raise ValueError("parameters: expected one or more patterns of names, got none")
         self.mode, self.strength, self.penalty, self.alpha, self.group_dim = mode, strength, penalty, alpha, group_dim
         self.target_nec, self.begin, self.end, self.finetune = target_nec, begin, end, finetune
         self.every_n_steps = every_n_steps

@@ -57,6 +57,8 @@ class TemperatureSchedule(Callback):
         if interval not in get_args(Interval):
             raise ValueError(f"interval: expected one of {get_args(Interval)}, got {interval!r}")
         self.patterns = [buffers] if isinstance(buffers, str) else list(buffers)
+        if not self.patterns:
+            raise ValueError("buffers: expected one or more patterns of names, got none")
         self.first, self.last, self.mode = first, last, mode
         self.begin, self.end, self.interval = begin, end, interval
         self._names: list[str] = []
@@ -82,19 +84,17 @@ class TemperatureSchedule(Callback):
             limit = "max_epochs" if self.interval == "epoch" else "max_epochs or max_steps"
             raise ValueError(f"TemperatureSchedule: shares of the training need {limit} in the Trainer")
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move with the epoch."""
-        if self.interval == "epoch":
-            self._move(pl_module, trainer.current_epoch / self._total)
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Move with the step."""
-        if self.interval == "step":
-            self._move(pl_module, trainer.global_step / self._total)
+        """Move; at each batch, for an epoch that a run is resumed at has no other beginning."""
+        now = trainer.current_epoch if self.interval == "epoch" else trainer.global_step
+        self._move(pl_module, now / self._total)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log ``train/temperature``."""
-        pl_module.log("train/temperature", pl_module.get_buffer(self._names[0]), sync_dist=True)
+        """Log ``train/temperature``, by name where a Trainer has several schedules."""
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        alone = sum(isinstance(callback, TemperatureSchedule) for callback in callbacks) == 1
+        name = "train/temperature" if alone else f"train/temperature/{self._names[0]}"
+        pl_module.log(name, pl_module.get_buffer(self._names[0]), sync_dist=True)
 
     def temperature_at(self, fraction: float) -> float:
         """The temperature after a share of the training."""

@@ -83,6 +83,21 @@ def check_stopping(trainer: Trainer, phases: Sequence[Phase], starts: Sequence[i
         )
 
 
+def check_label_reaches(phases: Sequence[Phase], weights: Mapping[str, float], needs_label: bool) -> None:
+    """Check that a bottleneck that learns from the label's gradient gets it wherever it trains.
+
+    Raises:
+        ValueError: A phase trains it without.
+    """
+    for phase in phases if needs_label else ():
+        label = "label" not in phase.losses_off(weights) and phase.head_input == "predicted"
+        if "bottleneck" in phase.train and not label:
+            raise ValueError(
+                f"phase {phase.name!r} trains the bottleneck without the label's gradient, which tells it what the "
+                "label needs (gates would all close); train jointly, or leave that option out"
+            )
+
+
 def check_averaging(trainer: Trainer, phases: Sequence[Phase]) -> None:
     """Check that what a solver fits is not averaged with what it replaces.
 

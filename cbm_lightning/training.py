@@ -31,7 +31,7 @@ from cbm_lightning.optimization import (
     make_scheduler,
 )
 from cbm_lightning.phases import PARTS, Phase, make_phases, phase_starts
-from cbm_lightning.preflight import check_averaging, check_monitors, check_stopping, check_strategy
+from cbm_lightning.preflight import check_averaging, check_label_reaches, check_monitors, check_stopping, check_strategy
 from cbm_lightning.sparsity.masks import apply_masks, masked
 from cbm_lightning.types import Batch, ConceptOutput
 
@@ -111,6 +111,7 @@ class PhasedTraining(PortableModule):
         check_monitors(self.trainer, self.phases, self.loss_weights, self.monitor)
         check_stopping(self.trainer, self.phases, self._starts)
         check_averaging(self.trainer, self.phases)
+        check_label_reaches(self.phases, self.loss_weights, self.bottleneck.needs_label)
         for phase in self.phases:
             if phase.solver:
                 self._make_solver(phase)

@@ -28,6 +28,7 @@ class Bottleneck(Part):
         concepts: The concept set, known after `build`.
         layout: How ``values`` is laid out, known after `build`.
         needs_concepts: Whether training needs annotated concepts in the batch.
+        needs_label: Whether it learns from the label's gradient, so that no phase may train it without.
         statistics_size: How many of the latest training predictions `fit_statistics` wants; 0 for none.
 
     Raises:
@@ -37,6 +38,7 @@ class Bottleneck(Part):
     concepts: ConceptSet
     layout: ValueLayout
     needs_concepts: bool = True
+    needs_label: bool = False
     statistics_size: int = 0
 
     def __init__(self, *, randint: float = 0.0, randint_scope: Literal["sample", "batch"] = "sample") -> None:

@@ -23,6 +23,7 @@ class LinearBottleneck(ScalarBottleneck):
         gates: Put a hard-concrete gate on each concept (`HardConcrete`), which closes where the label does not need the
             concept; the head then reads 0, whatever is predicted or corrected. The loss ``l0``, the expected share of
             open gates in [0, 1], says how hard they are pushed: ``loss_weights: {l0: 0.1}``. Logged as ``open_gates``.
+            Only the label's gradient keeps a gate open, so concepts and head must train jointly.
         randint: See `Bottleneck`.
         randint_scope: See `Bottleneck`.
 
@@ -50,7 +51,7 @@ class LinearBottleneck(ScalarBottleneck):
         if extra_dims < 0:
             raise ValueError(f"extra_dims: expected 0 or more, got {extra_dims}")
         self.extra_dims = extra_dims
-        self.gated = gates
+        self.gated = self.needs_label = gates
 
     def build(self, dims: FeatureDims, concepts: ConceptSet, num_classes: int) -> None:
         """Make the linear maps."""

@@ -38,13 +38,13 @@ class HardConcrete(nn.Module):
         super().__init__()
         if not 0.0 < drop < 1.0:
             raise ValueError(f"drop: expected a probability in (0, 1), got {drop}")
-        if not temperature > 0:
+        if not 0 < temperature < math.inf:
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        if not stretch[0] < 0 < 1 < stretch[1]:
+        if not -math.inf < stretch[0] < 0 < 1 < stretch[1] < math.inf:
             raise ValueError(f"stretch: expected an interval around [0, 1], got {stretch}")
         self.log_alpha = nn.Parameter(torch.full((size,), math.log((1 - drop) / drop)))
         self.low, self.high = stretch
-        self.register_buffer("temperature", torch.tensor(temperature))
+        self.register_buffer("temperature", torch.tensor(float(temperature)))
 
     def forward(self, samples: int) -> Tensor:
         """``[samples, size]`` gates."""

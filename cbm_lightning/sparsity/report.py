@@ -55,7 +55,8 @@ def kept_concepts(
     size = weight if weight.ndim == 2 else weight.norm(dim=2)
     used = kept(weight, threshold)
     rows: list[dict[str, str | float]] = []
-    for label, name in enumerate(classes):
+    for label, shared in enumerate(classes):
+        name = shared if list(classes).count(shared) == 1 else f"{shared} ({label})"
         order = [k for k in size[label].abs().argsort(descending=True, stable=True).tolist() if used[label, k]]
         rows += [{"class": name, "concept": concepts[k], "weight": float(size[label, k])} for k in order]
         if not order:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cbm_lightning.labels import Task
 from cbm_lightning.sparsity.accuracy import HeadAccuracy
+from cbm_lightning.sparsity.design import ConstantConceptWarning
 from cbm_lightning.sparsity.nec import Sparsity, clip_levels
 from cbm_lightning.sparsity.outputs import fill_rows
 from cbm_lightning.sparsity.solution import SparseSolution
@@ -154,7 +155,7 @@ class NECStudy:
             ValueError: One is unknown or out of range.
         """
         try:
-            self._path(self.group_size)
+            self._path(self.group_size).check_problem(self.num_concepts, self.task == "multilabel")
         except TypeError as error:
             raise ValueError(f"solver: {error}") from None
 
@@ -231,7 +232,11 @@ class NECStudy:
         if self.refit_ridge is not None:
             rows = [as_fitted(s, torch.as_tensor(path.classes_), len(path.solution_.bias)) for s in solutions]
             names = self.names if x is train.values else None
-            self._keep(f"{name}_refit", [path.refit(s, x, label, self.refit_ridge, names) for s in rows], path, x)
+            with warnings.catch_warnings():
+                # said when the path was fitted
+                warnings.simplefilter("ignore", ConstantConceptWarning)
+                again = [path.refit(s, x, label, self.refit_ridge, names) for s in rows]
+            self._keep(f"{name}_refit", again, path, x)
 
     def _keep(self, name: str, solutions: list[SparseSolution], path: ElasticNetPath, x: Tensor) -> None:
         classes = torch.as_tensor(path.classes_).long()

@@ -288,6 +288,12 @@ def test_the_callback_corrects_through_the_gates(monkeypatch: pytest.MonkeyPatch
     assert scores[0] == plain_accuracy(model, rows) != scores[-1]
 
 
+@pytest.mark.parametrize("phases", ["sequential", "independent"])
+def test_gates_are_not_trained_without_the_label(phases: str) -> None:
+    with pytest.raises(ValueError, match="phase 'concepts' trains the bottleneck without the label's gradient"):
+        quiet_trainer(max_epochs=2).fit(toy_model(LinearBottleneck(gates=True), phases=phases), ToyData())
+
+
 def test_a_checkpoint_brings_the_gates_along(tmp_path: Path) -> None:
     model, trainer = two_of_four(0.1, epochs=1)
     set_gates(model.bottleneck, [OPEN, HALF, SHUT, 1.0])

@@ -238,12 +238,12 @@ def made_at(monkeypatch: pytest.MonkeyPatch, made: CBMModule | None = None, **op
 
 
 def test_it_runs_every_nth_epoch_and_not_before_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    val = "val/sparsity/kept_concepts"
+    val = "val/sparsity/kept_concepts_page"
     assert made_at(monkeypatch, stages=["val"], every_n_epochs=2) == [(val, 1, False), (val, 3, False), (val, 4, False)]
 
 
 def test_by_default_it_runs_in_the_test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [name for name, *_ in made_at(monkeypatch)] == ["test/sparsity/kept_concepts"]
+    assert [name for name, *_ in made_at(monkeypatch)] == ["test/sparsity/kept_concepts_page"]
 
 
 def test_it_waits_for_a_phase_in_which_labels_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ def test_every_test_loader_has_its_curves() -> None:
             assert logged[f"test/sparsity/{key}/dataloader_idx_{i}"] == pytest.approx(value)
         table = pd.read_csv(f"media/test/sparsity/accuracy/dataloader_idx_{i}-step=0.csv")
         assert table["accuracy"].tolist() == pytest.approx(each.table()["accuracy"].tolist())
-        assert Path(f"media/test/sparsity/kept_concepts/dataloader_idx_{i}-step=0.html").is_file()
+        assert Path(f"media/test/sparsity/kept_concepts_page/dataloader_idx_{i}-step=0.html").is_file()
 
 
 def test_two_evaluations_in_one_trainer() -> None:

@@ -87,13 +87,13 @@ def test_without_a_logger_of_pictures_there_are_files(tmp_path: Path, kind: str)
     result = evaluate(logger=logger, default_root_dir=tmp_path)
     media = tmp_path / ("runs/a/media" if kind == "csv" else "media")
     files = {str(path.relative_to(media)) for path in media.rglob("*") if path.is_file()}
-    endings = {f"{ACCURACY}-step=0.csv", f"{KEPT}-step=0.csv", f"{KEPT}-step=0.html", f"{FIGURE}-step=0.png"}
+    endings = {f"{ACCURACY}-step=0.csv", f"{KEPT}-step=0.csv", f"{KEPT}_page-step=0.html", f"{FIGURE}-step=0.png"}
     assert files == endings
     pd.testing.assert_frame_equal(pd.read_csv(media / f"{ACCURACY}-step=0.csv"), result.table(), check_dtype=False)
     kept = pd.read_csv(media / f"{KEPT}-step=0.csv", keep_default_na=False)
     assert kept["class"].unique().tolist() == ["apple", "<stone>", "plum|pear"]
     assert len(kept[kept["concept"] != ""]) == int((result.kept != 0).sum()) == 3
-    page = (media / f"{KEPT}-step=0.html").read_text()
+    page = (media / f"{KEPT}_page-step=0.html").read_text()
     assert headings(page) == ["class", "concepts", "apple", "<stone>", "plum|pear"]
     assert "<title>1 concepts a class</title>" in page
     check_picture(np.asarray(Image.open(media / f"{FIGURE}-step=0.png")))
@@ -120,7 +120,7 @@ def test_tensorboard_gets_scalars_tables_and_a_picture_and_a_file(tmp_path: Path
     assert len(texts[ACCURACY]) == 2 + len(result.table())
     assert {line.split(" | ")[0] for line in texts[KEPT][2:]} == {"| apple", "| &lt;stone>", "| plum&#124;pear"}
     media = Path(logger.log_dir) / "media"
-    assert [str(path.relative_to(media)) for path in media.rglob("*.*")] == [f"{KEPT}-step=0.html"]
+    assert [str(path.relative_to(media)) for path in media.rglob("*.*")] == [f"{KEPT}_page-step=0.html"]
 
 
 def test_wandb_offline_gets_scalars_tables_a_page_and_a_picture(
@@ -150,7 +150,7 @@ def test_wandb_offline_gets_scalars_tables_a_page_and_a_picture(
     # of two values under one name the second takes the place of the first
     kinds = [value["_type"] for value in summary.values() if hasattr(value, "keys")]
     assert sorted(kinds) == ["html-file", "images/separated", "table-file", "table-file"]
-    [page] = run_folder.glob(f"files/media/html/{KEPT}*.html")
+    [page] = run_folder.glob(f"files/media/html/{KEPT}_page*.html")
     assert headings(page.read_text()) == ["class", "concepts", "apple", "<stone>", "plum|pear"]
     assert not (tmp_path / "media").exists()
 
@@ -305,7 +305,7 @@ def test_a_module_that_is_no_bottleneck_model_is_told_what_it_lacks() -> None:
         def test_step(self, batch, batch_idx): ...
 
     with pytest.raises(
-        TypeError, match=r"Other has no \['concept_set', 'bottleneck', 'read_batch'\]: use CBMModule, or"
+        TypeError, match=r"Other has no \['concept_set', 'task', 'read_batch', 'bottleneck', 'head'\] of the kind"
     ):
         evaluate(Other(), ForeignData())
 

@@ -354,7 +354,6 @@ def test_a_constant_concept_is_named_and_its_share_of_the_own_head_kept() -> Non
     names = [f"concept {k}" for k in range(CONCEPTS)]
     with pytest.warns(ConstantConceptWarning) as said:
         result = judge(study(names=names), whole, (weight, bias))
-    # random concepts are none of these
     assert {str(each.message).split("[")[1].split("]")[0] for each in said} == {"'concept 2'"}
     test = part(whole, TEST)
     expected = accuracy(test.values @ weight.T + bias, test.label, "multiclass")
