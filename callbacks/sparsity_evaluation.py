@@ -15,6 +15,7 @@ from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
 from cbm_lightning.callbacks.loggers import log_figure, log_html, log_table
 from cbm_lightning.callbacks.passes import Positions, flatten, predict, predictions
 from cbm_lightning.callbacks.sparsity_figure import draw_nec_curves
+from cbm_lightning.head_solver import solver_device
 from cbm_lightning.heads import LabelHead
 from cbm_lightning.sparsity.report import as_html, kept_concepts
 from cbm_lightning.sparsity.study import LEVELS, NECResult, NECStudy, Scores
@@ -173,7 +174,7 @@ class SparsityEvaluation(EvaluationCallback):
                 f"SparsityEvaluation needs a concept bottleneck model, {type(module).__name__} has no {missing} of the "
                 "kind that it reads: use CBMModule, or `sparsity.NECStudy` on scores of your own"
             )
-        own = {"distributed": trainer.world_size > 1, "device": str(pl_module.device)}
+        own = {"distributed": trainer.world_size > 1, "device": solver_device(pl_module.device)}
         return NECStudy(
             len(module.concept_set),
             head.num_outputs,

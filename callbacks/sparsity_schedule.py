@@ -56,7 +56,7 @@ class SparsitySchedule(Callback):
     epochs wants a larger learning rate than its backbone (``lr_multipliers: {head: 10}``) or a later ``begin``.
 
     Progress is read off ``trainer.global_step``, so a resumed run continues where it was. What a phase does not train
-    is left alone.
+    is left alone, and shares of the training are those of the phases that train the parameters.
 
     The proximal step takes the optimizer's own step size for each weight, see `step_sizes`, so that ``strength`` is
     the lambda of ``loss + lambda * penalty`` for SGD, with or without momentum, and for Adam alike; a group of weights
@@ -67,6 +67,7 @@ class SparsitySchedule(Callback):
         parameters: Patterns of parameter names (``*`` matches dots too); the weights of a linear head by default.
         mode: See above.
         strength: Of the penalty at the end of the ramp; for ``"adaptive"`` at its beginning.
+            ``"cubic"`` has no use for it, nor for the penalty and ``alpha``.
         penalty: ``"l1"``, or ``"group"``, which drops whole concepts.
         alpha: Share of that norm; the rest is a ridge (elastic net).
         group_dim: The dimension that tells concepts apart: 1 for a head ``[L, K]``, 0 for a bottleneck's ``[K, D]``.
@@ -126,6 +127,7 @@ class SparsitySchedule(Callback):
     def _forget(self) -> None:
         self._targets: list[_Target] = []
         self._total = 0.0
+        self._window = (0.0, 1.0)
         self._frozen = False
         self._average = 0.0
         # what the last step left, which averaged weights do not know
@@ -210,8 +212,11 @@ class SparsitySchedule(Callback):
                 "SparsitySchedule: shares of the training need max_epochs or max_steps in the Trainer, and with "
                 "max_epochs a loader with a length"
             )
+        shares = getattr(pl_module, "training_share", lambda part: (0.0, 1.0))
+        found = [shares(target.name.partition(".")[0]) for target in self._targets]
+        self._window = min(start for start, _ in found), max(end for _, end in found)
         # a run that is resumed after that moment has its masks from the checkpoint
-        self._frozen = trainer.global_step / self._total > 1.0 - self.finetune
+        self._frozen = self._fraction(trainer.global_step) > 1.0 - self.finetune
         after = partial(self._after_step, trainer, pl_module)
         self._handles = [optimizer.register_step_post_hook(after) for optimizer in trainer.optimizers]
         self._remember(pl_module)
@@ -222,12 +227,17 @@ class SparsitySchedule(Callback):
             handle.remove()
         self._forget()
 
+    def _fraction(self, steps: int) -> float:
+        """How much of the parameters' training is done after so many steps, in [0, 1]."""
+        start, end = self._window
+        return min(max((steps / self._total - start) / (end - start), 0.0), 1.0)
+
     # ---------------------------------------------------------------- after a step
 
     def _after_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer, args: Any, kwargs: Any
     ) -> None:
-        fraction = min((trainer.global_step + 1) / self._total, 1.0)
+        fraction = self._fraction(trainer.global_step + 1)
         due = (trainer.global_step + 1) % self.every_n_steps == 0
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         stepped = [target for target in self._targets if id(target.parameter) in groups]
@@ -247,7 +257,8 @@ class SparsitySchedule(Callback):
                     target.parameter.copy_(target.penalty.prox(target.parameter, sizes * strength))
         self._frozen = self._frozen or finetuning
         if due and fraction >= self.begin and not finetuning:
-            ramp_steps = max((self.end - self.begin) * self._total / self.every_n_steps, 1.0)
+            steps = self._total * (self._window[1] - self._window[0])
+            ramp_steps = max((self.end - self.begin) * steps / self.every_n_steps, 1.0)
             self.strength *= math.exp(INTEGRAL * excess / ramp_steps)
         self._remember(pl_module)
 
@@ -332,7 +343,7 @@ class SparsitySchedule(Callback):
         """Log how sparse the parameters are: ``train/sparsity/{nec,density,lambda}``, by name if there are several."""
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         alone = sum(isinstance(callback, SparsitySchedule) for callback in callbacks) == 1
-        fraction = min(trainer.global_step / self._total, 1.0)
+        fraction = self._fraction(trainer.global_step)
         if self.mode != "cubic":
             over = bool(self.finetune) and fraction > 1.0 - self.finetune
             prefix = "train/sparsity" if alone else f"train/sparsity/{self._targets[0].name}"

@@ -10,6 +10,7 @@ from typing import IO, Any, Self
 import fsspec
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 from cbm_lightning.configurable import Configurable, build, class_path, import_class, plain
 from cbm_lightning.data_facts import DataFacts
@@ -56,6 +57,7 @@ class PortableModule(Configurable, LightningModule):
         self._weights_source = plain_source(made["backbone"])
         self._resumed_rng: list[dict[str, Any]] | None = None
         self.save_hyperparameters(hparams)
+        self.register_load_state_dict_pre_hook(_make_room_for_masks)  # type: ignore[no-untyped-call]
 
     @classmethod
     def _takes_keywords(cls) -> bool:
@@ -71,14 +73,7 @@ class PortableModule(Configurable, LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Make room for masks of pruned weights, and keep the random states of a run that is resumed.
-
-        `restore_randomness` sets these when training begins.
-        """
-        # a run that averages weights keeps the others under a second key
-        for key in ("state_dict", "current_model_state"):
-            if key in checkpoint:
-                restore_masks(self, checkpoint[key])
+        """Keep the random states of a run that is resumed; `restore_randomness` sets them when training begins."""
         resumes = self._trainer is not None and self._trainer.state.fn == "fit"
         self._resumed_rng = checkpoint.get("cbm_lightning", {}).get("rng") if resumes else None
 
@@ -148,6 +143,11 @@ class PortableModule(Configurable, LightningModule):
         if issubclass(cls, target):
             return cls
         raise ValueError(f"the checkpoint holds a {path}, which is no {cls.__name__}; load it with that class")
+
+
+def _make_room_for_masks(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before weights are loaded: some may bring masks, as pruned models do."""
+    restore_masks(module, state, prefix)
 
 
 def plain_source(part: Configurable) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,8 @@ def solver_spec(given: Any) -> dict[str, Any]:
     """The plain form ``{"class_path": ..., "init_args": ...}`` of an estimator, checked by making it.
 
     Args:
-        given: An estimator in scikit-learn's conventions, or its class by short name (`cbm_lightning.sparsity`), class
-            path, or ``{"class_path": ..., "init_args": ...}``.
+        given: An estimator in scikit-learn's conventions, its class path, or ``{"class_path": ..., "init_args": ...}``.
+            YAML files must give the whole path (``cbm_lightning.sparsity.ElasticNetPath``).
 
     Raises:
         ValueError: There is no such class, or an argument is unknown, out of range or no plain value.
@@ -70,6 +71,11 @@ def make_solver(spec: ClassSpec) -> Any:
     return cls(**init_args)
 
 
+def solver_device(device: torch.device) -> str:
+    """Where to solve for a model on a device: there, unless it knows no double precision."""
+    return "cpu" if device.type == "mps" else str(device)
+
+
 class HeadSolver:
     """Collects what a head reads in one epoch, and fits the head on it.
 
@@ -93,6 +99,26 @@ class HeadSolver:
         head.check_solver(self.estimator.get_params())
         if hasattr(self.estimator, "check_problem"):
             self.estimator.check_problem(head.layout.concepts, task == "multilabel")
+        else:
+            self._rehearse()
+
+    def _rehearse(self) -> None:
+        """Fit a copy to a few drawn samples: not every classifier is linear, or takes these labels."""
+        from sklearn.base import clone
+
+        generator = torch.Generator().manual_seed(0)
+        values = torch.randn(24, self.head.layout.size, generator=generator, dtype=torch.float64)
+        labels = torch.arange(24) % 2
+        drawn = torch.stack([labels, 1 - labels], 1) if self.task == "multilabel" else labels
+        kind = type(self.estimator).__name__
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                made = clone(self.estimator).fit(values.numpy(), drawn.numpy())
+            except Exception as error:
+                raise ValueError(f"solver: {kind} cannot fit a {self.task} label: {error}") from error
+        if missing := [name for name in ("coef_", "intercept_", "classes_") if not hasattr(made, name)]:
+            raise ValueError(f"solver: expected a linear classifier, {kind} has no {missing} when it is fitted")
 
     def take(self, output: ConceptOutput, label: Tensor, batch_idx: int) -> None:
         """Keep what the head reads of a batch.
@@ -125,7 +151,7 @@ class HeadSolver:
         elif world_size > 1:
             values, labels = (torch.cat(gather_all_tensors(x.to(device))).cpu() for x in (values, labels))
         if accepted.get("device", "") is None:
-            own["device"] = str(device)
+            own["device"] = solver_device(device)
         layout = self.head.layout
         if accepted.get("group_size") == 1 and layout.width > 1 and not layout.extra:
             own["group_size"] = layout.width

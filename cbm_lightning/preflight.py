@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
     Callback,
     Checkpoint,
     EarlyStopping,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -51,8 +52,16 @@ def check_monitors(
     """Check that every monitored value exists, and means the same, in all phases.
 
     Raises:
-        ValueError: A phase does not log it, or a callback compares total losses that differ in their terms.
+        ValueError: A phase does not log it, a callback compares total losses that differ in their terms, or the best
+            checkpoint may lack what a solver fits.
     """
+    solving = [phase.name for phase in phases if phase.solver]
+    keepers = [c for c in _watchers(trainer) if isinstance(c, ModelCheckpoint) and c.monitor]
+    if solving and len(phases) > 1 and keepers:
+        raise ValueError(
+            f"{type(keepers[0]).__name__} monitors {keepers[0].monitor!r}, so the checkpoint that it calls best may be "
+            f"from before the solver of phase {solving[0]!r}; monitor nothing and keep the last checkpoint"
+        )
     watched = [(type(c).__name__, getattr(c, "monitor", None)) for c in _watchers(trainer)]
     for owner, monitor in [*watched, ("lr_scheduler", scheduler_monitor)]:
         _, _, name = (monitor or "").partition("/")

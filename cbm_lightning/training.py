@@ -32,7 +32,7 @@ from cbm_lightning.optimization import (
 )
 from cbm_lightning.phases import PARTS, Phase, make_phases, phase_starts
 from cbm_lightning.preflight import check_averaging, check_label_reaches, check_monitors, check_stopping, check_strategy
-from cbm_lightning.sparsity.masks import apply_masks, masked
+from cbm_lightning.sparsity.masks import apply_masks, masked, renew_masks
 from cbm_lightning.types import Batch, ConceptOutput
 
 if TYPE_CHECKING:
@@ -222,6 +222,23 @@ class PhasedTraining(PortableModule):
         self._restart_rates(self.current_epoch)
         self._solver = self._make_solver(self.phase) if self.phase.solver else None
 
+    def training_share(self, part: str) -> tuple[float, float]:
+        """From which share of the training on, and up to which, a part is trained by gradients.
+
+        Args:
+            part: ``backbone``, ``bottleneck`` or ``head``; other parameters train all the time.
+        """
+        epochs = self.trainer.max_epochs
+        if part not in PARTS or not epochs or epochs < 0:
+            return 0.0, 1.0
+        ends = [*self._starts[1:], epochs]
+        spans = [
+            (start / epochs, end / epochs)
+            for phase, start, end in zip(self.phases, self._starts, ends, strict=True)
+            if part in phase.train and not phase.solver
+        ]
+        return (min(start for start, _ in spans), max(end for _, end in spans)) if spans else (0.0, 1.0)
+
     def _make_solver(self, phase: Phase) -> HeadSolver:
         return HeadSolver(phase.solver, self.head, self.concept_set, self.task)
 
@@ -323,3 +340,4 @@ class PhasedTraining(PortableModule):
         solver, self._solver = self._solver, None
         with torch.inference_mode(False), torch.enable_grad():
             solver.fit(self.device, self.trainer.world_size)
+            renew_masks(self, [name for name in self._masked if name.startswith("head.")])

@@ -11,20 +11,8 @@ from torchmetrics import Metric
 from cbm_lightning.labels import Task, label_log_probs, label_outcomes
 
 
-def right(logits: Tensor, label: Tensor, task: Task) -> Tensor:
-    """``[..., B]`` share of a sample's label variables that are predicted right: 0 or 1 except for several labels.
-
-    Args:
-        logits: ``[..., B, L]``.
-        label: ``[B]``, or ``[B, L]`` for several labels.
-        task: What they mean.
-    """
-    predicted = label_log_probs(logits, task).argmax(-1)
-    return (predicted == label_outcomes(label, task)).float().mean(-1)
-
-
 class HeadAccuracy(Metric):
-    """Accuracy of ``R`` linear heads on the same scores; sums are kept, so that processes add up exactly.
+    """Accuracy of ``R`` linear heads on the same scores; counts are kept, so that processes add up exactly.
 
     Args:
         weight: ``[R, L, V]``.
@@ -51,15 +39,17 @@ class HeadAccuracy(Metric):
         self.task: Task = task
         self.register_buffer("weight", weight, persistent=False)
         self.register_buffer("bias", bias, persistent=False)
-        self.add_state("correct", torch.zeros(len(weight), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("correct", torch.zeros(len(weight), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, label: Tensor) -> None:
         """Count scores ``[B, V]`` with their labels ``[B]`` (``[B, L]`` for several labels)."""
         logits = values.to(self.weight) @ self.weight.mT + self.bias.unsqueeze(1)
-        self.correct += right(logits, label, self.task).sum(-1)
+        predicted = label_log_probs(logits, self.task).argmax(-1)
+        self.correct += (predicted == label_outcomes(label, self.task)).sum((-2, -1))
         self.total += len(values)
 
     def compute(self) -> Tensor:
         """``[R]`` accuracies, NaN without samples."""
-        return (self.correct / self.total).float()
+        variables = self.weight.shape[1] if self.task == "multilabel" else 1
+        return self.correct / (self.total * variables)

@@ -54,6 +54,8 @@ class Design:
         distributed: bool = False,
         names: Sequence[str] | None = None,
     ) -> None:
+        if hasattr(x, "todense"):
+            raise ValueError(f"X: expected an array, got the sparse {type(x).__name__}; hand over X.toarray()")
         if getattr(x, "ndim", None) != 2 or 0 in x.shape:
             raise ValueError(f"X: expected a matrix [n, K] with samples, got shape {list(np.shape(x))}")
         self.x, self.dtype, self.distributed = x, dtype, distributed
@@ -115,7 +117,7 @@ class Design:
             raise ValueError(f"X: expected finite scores, got NaN or infinity in the concepts {_shown(bad)}")
         squares, rounded = torch.zeros_like(mean), mean.to(self.dtype)
         for rows in self.slices():
-            squares += torch.sub(self._read(rows), rounded).square_().sum(0, dtype=torch.float64)
+            squares += torch.sub(self._read(rows), rounded).double().square_().sum(0)
         deviation = (self.sum(squares) / max(self.rows - 1, 1)).sqrt()
         constant = deviation <= 8 * torch.finfo(self.dtype).eps * mean.abs()
         if bool(constant.any()) and (standardize or center):

@@ -22,7 +22,7 @@ from cbm_lightning.sparsity.penalties import KeptRidge, Penalty, PenaltyName, ma
 from cbm_lightning.sparsity.problem import Point, Problem
 from cbm_lightning.sparsity.search import find_levels
 from cbm_lightning.sparsity.solution import SparseSolution
-from cbm_lightning.sparsity.solver import solve
+from cbm_lightning.sparsity.solver import solve, tolerance
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -41,12 +41,12 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     Args:
         lambdas: A penalty, or several.
         nec: A number of effective concepts, or several. The penalty is searched until the solution has as many, up to
-            2 % more; the smallest weights of these go.
+            2 % more (or the next number, where it jumps); the smallest weights of these go.
         n_lambdas: Length of the path where neither is given.
         eps: Smallest penalty of the path, and of the search, as a share of the largest.
         max_nec: The path ends with the first solution of more effective concepts.
         alpha: Share of the l1 norm; the rest is a ridge.
-        penalty: ``"l1"``, or ``"group"``, which drops a concept for all classes at once.
+        penalty: ``"l1"``, or ``"group"``, which drops a concept for all classes at once, by penalty and by pruning.
         family: ``"multinomial"`` (softmax) or ``"ovr"`` (a logistic loss a class; also for several labels a sample).
         standardize: Divide scores by their standard deviation. Without it weights, and what of them is kept, depend on
             the units of the scores.
@@ -54,7 +54,8 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         refit_ridge: Fit the kept weights anew with this ridge instead of the penalty, which undoes its shrinkage; None
             leaves them.
         group_size: Consecutive columns that belong to one concept (concept embeddings).
-        tol: Largest violation of the optimality conditions (KKT), in units of the gradient.
+        tol: Largest violation of the optimality conditions (KKT), in units of the gradient; for a penalty below 100
+            times as much, 1 % of the penalty.
         max_iter: Steps of the solver at most, for each penalty.
         dtype: ``"float32"`` or ``"float64"``, of all computation.
         chunk_size: Rows that are in memory at a time; see `Design`. Memory is then, in numbers of ``dtype``, below
@@ -254,6 +255,10 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Check the arguments; in `fit` again, for scikit-learn sets them on a made estimator."""
         if self.lambdas is not None and self.nec is not None:
             raise ValueError("lambdas, nec: expected one of them, got both")
+        if self.nec is not None and self.max_nec is not None:
+            raise ValueError("nec, max_nec: expected one of them, got both; max_nec ends a path of penalties")
+        if (self.nec is not None or self.max_nec is not None) and self.alpha == 0:
+            raise ValueError("alpha: a ridge alone leaves no weight at zero, so nec and max_nec need alpha above 0")
         if any(not (lam >= 0 and math.isfinite(lam)) for lam in _as_list(self.lambdas)):
             raise ValueError(f"lambdas: expected numbers of at least 0, got {self.lambdas}")
         if any(not (level > 0 and math.isfinite(level)) for level in _as_list(self.nec)):
@@ -283,7 +288,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if hasattr(X, "columns"):
             names = names or [str(column) for column in X.columns]
             X = X.to_numpy()
-        X = X if isinstance(X, (Tensor, np.ndarray)) else np.asarray(X)
+        X = X if isinstance(X, (Tensor, np.ndarray)) or hasattr(X, "todense") else np.asarray(X)
         design = Design(
             X,
             standardize=self.standardize,
@@ -306,10 +311,11 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _solve(self, problem: Problem, penalty: Penalty, lam: float, start: Point) -> tuple[SparseSolution, Point]:
         solved = solve(problem, penalty, lam, start, self.tol, self.max_iter)
-        if solved.kkt > self.tol:
+        wanted = tolerance(self.tol, lam, problem.gram.dtype)
+        if solved.kkt > wanted:
             warnings.warn(
                 f"lambda {lam:.3g}: the optimality conditions are missed by {solved.kkt:.1e} after {self.max_iter} "
-                f"steps, expected {self.tol:.1e}; raise max_iter or tol, or compute in float64",
+                f"steps, expected {wanted:.1e}; raise max_iter or tol, or compute in float64",
                 ConvergenceWarning,
                 stacklevel=4,
             )
@@ -325,6 +331,7 @@ class ElasticNetPath(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             kkt=solved.kkt,
             iterations=solved.iterations,
             group_size=self.group_size,
+            whole_concepts=self.penalty == "group",
         )
         return solution, solved.point
 

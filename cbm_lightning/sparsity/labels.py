@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from sklearn.utils.multiclass import check_classification_targets
 from torch import Tensor
 
 from cbm_lightning.sparsity.design import Design, as_tensor
@@ -49,8 +51,11 @@ def encode_labels(y: Any, family: FamilyName, design: Design) -> EncodedLabels:
     missing = (labels != labels) | (labels == None)  # noqa: E711
     if bool(np.any(missing)) or (labels.dtype.kind == "f" and not np.isfinite(labels).all()):
         raise ValueError("y: expected a label for each sample, got NaN, infinity or None; leave these samples out")
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
     if labels.ndim == 2:
         return _several(labels, family, design)
+    check_classification_targets(labels)
     classes = np.unique(labels)
     if design.distributed:
         found: list[Any] = [None] * torch.distributed.get_world_size()
@@ -75,7 +80,7 @@ def _several(labels: np.ndarray[Any, Any], family: FamilyName, design: Design) -
         raise ValueError("y: expected 0 or 1 for each label of each sample")
     targets = as_tensor(labels).to(design.device, design.dtype)
     prevalence = design.sum(targets.double().sum(0)) / design.rows
-    constant = ((prevalence == 0) | (prevalence == 1)).nonzero().flatten().tolist()
-    if constant:
-        raise ValueError(f"y: expected both 0 and 1 for every label, got one value only for the labels {constant}")
+    if constant := ((prevalence == 0) | (prevalence == 1)).nonzero().flatten().tolist():
+        warnings.warn(f"the labels {constant} are the same for all samples; they get no weights", stacklevel=2)
+        prevalence = prevalence.clamp(0.5 / design.rows, 1 - 0.5 / design.rows)
     return EncodedLabels(targets, prevalence, np.arange(labels.shape[1]), True)

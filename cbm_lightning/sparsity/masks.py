@@ -55,13 +55,19 @@ def apply_masks(module: nn.Module, names: Iterable[str]) -> None:
             module.get_parameter(name).masked_fill_(mask_of(module, name) == 0, 0.0)
 
 
+def renew_masks(module: nn.Module, names: Iterable[str]) -> None:
+    """Mask what is zero now, and nothing else: for weights that were fitted anew."""
+    for name in names:
+        mask_of(module, name).copy_(module.get_parameter(name) != 0)
+
+
 def masked(module: nn.Module) -> list[str]:
     """The names of the parameters that have a mask."""
     buffers = dict(module.named_buffers())
     return [name for name, _ in module.named_parameters() if name + SUFFIX in buffers]
 
 
-def restore_masks(module: nn.Module, state: MutableMapping[str, Any]) -> None:
+def restore_masks(module: nn.Module, state: MutableMapping[str, Any], prefix: str = "") -> None:
     """Make a module and the weights that it is to load agree on which parameters are masked.
 
     `CBMModule` does so when it loads a checkpoint. A LightningModule of your own that `SparsitySchedule` prunes calls
@@ -70,10 +76,11 @@ def restore_masks(module: nn.Module, state: MutableMapping[str, Any]) -> None:
     Args:
         module: Gets the masks that the weights bring.
         state: The weights; gets masks of ones that the module has and the weights do not bring.
+        prefix: Of the module's names among the weights.
     """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
-        if name + SUFFIX in state:
+        if prefix + name + SUFFIX in state:
             attach_mask(module, name)
-        elif name + SUFFIX in dict(module.named_buffers()) and name in state:
-            state[name + SUFFIX] = torch.ones_like(parameter)
+        elif name + SUFFIX in dict(module.named_buffers()) and prefix + name in state:
+            state[prefix + name + SUFFIX] = torch.ones_like(parameter)

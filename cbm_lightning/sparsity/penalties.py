@@ -186,7 +186,10 @@ class GroupElasticNet(Penalty):
         return self.alpha * self._norms(weight).sum() + (1 - self.alpha) / 2 * weight.square().sum()
 
     def prox(self, weight: Tensor, strength: float | Tensor) -> Tensor:
-        """Shorten the groups, then shrink; of strengths that differ within a group their mean counts."""
+        """Shorten the groups, then shrink; of strengths that differ within a group their harmonic mean counts.
+
+        An entry without a gradient, whose step an optimizer may let grow without bound, does not drag its group along.
+        """
         if isinstance(strength, Tensor) and strength.ndim:
             strength = self._group_mean(strength.expand_as(weight))
         scale = self._spread(1 + torch.as_tensor(strength, dtype=weight.dtype) * (1 - self.alpha), weight)
@@ -216,13 +219,14 @@ class GroupElasticNet(Penalty):
         return (by_group if self.groups is None else by_group[self.groups.to(by_group.device)]).view(shape)
 
     def _group_mean(self, x: Tensor) -> Tensor:
-        means = x.mean([d for d in range(x.ndim) if d != self.dim % x.ndim])
+        others = [d for d in range(x.ndim) if d != self.dim % x.ndim]
+        means = x.reciprocal().mean(others) if others else x.reciprocal()
         if self.groups is None:
-            return means
+            return means.reciprocal()
         zeros = means.new_zeros(int(self.groups.max()) + 1)
         groups = self.groups.to(means.device)
         counts = zeros.index_add(0, groups, torch.ones_like(means))
-        return zeros.index_add(0, groups, means) / counts
+        return counts / zeros.index_add(0, groups, means)
 
 
 class KeptRidge(Penalty):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from cbm_lightning.sparsity.nec import nec
@@ -23,6 +24,7 @@ class SparseSolution:
         objective: Mean loss plus penalty at the solution; after pruning still that before.
         kkt: By how much the solution missed the optimality conditions; after pruning still that before.
         iterations: Steps of the solver.
+        whole_concepts: Whether a concept is kept for all classes or for none.
         group_size: Consecutive columns that belong to one concept; ``V = K * group_size``.
     """
 
@@ -35,6 +37,7 @@ class SparseSolution:
     kkt: float
     iterations: int
     group_size: int = 1
+    whole_concepts: bool = False
 
     @property
     def by_concept(self) -> Tensor:
@@ -58,12 +61,17 @@ class SparseSolution:
         return self.bias - self.coef @ self.mean
 
     def pruned(self, level: float) -> SparseSolution:
-        """With the largest weights only, `level` concepts a class on average; biases stay.
+        """With the largest weights only, ``level`` concepts a class on average (whole concepts rounded); biases stay.
 
         Raises:
             ValueError: ``level`` is negative or above the number of concepts.
         """
-        mask = keep_largest(self.by_concept, level)
+        weight = self.by_concept
+        if self.whole_concepts:
+            norms = torch.linalg.vector_norm(weight, dim=(0, 2))[None]
+            mask = keep_largest(norms, round(level)).expand(len(weight), -1)
+        else:
+            mask = keep_largest(weight, level)
         return replace(self, weight=self.by_concept.where(mask.unsqueeze(-1), 0.0).flatten(1))
 
     def logits(self, x: Tensor) -> Tensor:

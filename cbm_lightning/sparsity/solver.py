@@ -61,11 +61,12 @@ def solve(
         penalty: Of the weights; biases are free.
         strength: Of the penalty, at least 0.
         start: Where to begin, at best the solution for a neighbouring strength.
-        tol: Largest violation of the optimality conditions.
+        tol: Largest violation of the optimality conditions, see `tolerance`.
         steps: Give up after as many.
     """
     now = before = start or problem.null()
     logits = logits_before = problem.logits(now)
+    tol = tolerance(tol, strength, problem.gram.dtype)
     curvature, bound = now.curvature, problem.family.curvature
     clock, momentum, kkt = 1.0, 0.0, float("inf")
     next_newton = pause = NEWTON_PAUSE
@@ -109,6 +110,15 @@ def solve(
         curvature = max(CURVATURE_DECAY * curvature, LOWEST_CURVATURE)
     point = Point(now.weight, now.bias, curvature)
     return Solved(point, problem.objective(point, logits, penalty, strength), kkt, step)
+
+
+def tolerance(tol: float, strength: float, dtype: torch.dtype) -> float:
+    """The violation of the optimality conditions that is let pass: ``tol``, but no more than 1 % of a small strength.
+
+    Where classes are many or rare, gradients and the strengths of interest are small, and what is small beside one is
+    not beside the other. Rounding sets a floor.
+    """
+    return max(min(tol, 1e-2 * strength) if strength else tol, 4 * torch.finfo(dtype).eps)
 
 
 def violation(penalty: Penalty, point: Point, gradient: tuple[Tensor, Tensor], strength: float) -> float:

@@ -13,8 +13,9 @@ def step_sizes(optimizer: Optimizer, group: Mapping[str, Any], parameter: Tensor
     """By what an optimizer multiplies a lasting gradient in each of its steps.
 
     With this size, weights that a proximal step no longer moves are those at which gradient and penalty balance. For
-    SGD it is the learning rate, over one minus the momentum, for Adam, AdamW and NAdam ``lr / (sqrt(v) + eps)`` with
-    the bias-corrected second moment ``v``, an entry each. All other optimizers count as SGD.
+    SGD it is the learning rate, over one minus the momentum, for Adam, AdamW, NAdam and (after its first steps) RAdam
+    ``lr / (sqrt(v) + eps)`` with the bias-corrected second moment ``v``, an entry each. All other optimizers count as
+    SGD; those that scale gradients in a way of their own (Adagrad, RMSprop) give the strength another meaning.
 
     Args:
         optimizer: Has made a step.

@@ -120,10 +120,10 @@ def test_a_strength_for_every_entry() -> None:
 
 
 @pytest.mark.parametrize("groups", [None, GROUPS], ids=["columns", "groups"])
-def test_strengths_that_differ_within_a_group_count_as_their_mean(groups: Tensor | None) -> None:
+def test_strengths_that_differ_within_a_group_count_as_their_harmonic_mean(groups: Tensor | None) -> None:
     target, strength = weights(), torch.rand(4, 6, dtype=torch.float64)
     members = torch.arange(6) if groups is None else groups
-    mean = torch.stack([strength[:, members == g].mean() for g in range(int(members.max()) + 1)])[members]
+    mean = torch.stack([1 / (1 / strength[:, members == g]).mean() for g in range(int(members.max()) + 1)])[members]
     ours = GroupElasticNet(0.7, groups=groups).prox(target, strength)
 
     def cost(v: Tensor) -> Tensor:
