@@ -71,10 +71,12 @@ def test_a_binary_label_may_come_as_a_column_or_as_a_float(kind: str) -> None:
 
 def test_of_several_labels_each_counts() -> None:
     metric = HeadAccuracy(torch.eye(3)[None], torch.zeros(1, 3), "multilabel")
-    metric.update(torch.tensor([[3.0, -1.0, 2.0], [-1.0, -1.0, -1.0]]), torch.tensor([[1, 0, 0], [0, 0, 0]]))
+    logits = torch.tensor([[3.0, -1.0, 2.0], [-1.0, -1.0, -1.0]])
+    label = torch.tensor([[1, 0, 0], [0, 0, 0]])
+    metric.update(logits, label)
     assert metric.compute().reshape(1).tolist() == pytest.approx([5 / 6])
     metric = HeadAccuracy(torch.stack([torch.eye(3), -torch.eye(3)]), torch.zeros(2, 3), "multilabel")
-    metric.update(logits[0], label.float())
+    metric.update(logits, label.float())
     assert metric.compute().tolist() == pytest.approx([5 / 6, 1 / 6])
 
 
