@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -83,3 +84,41 @@ class EvaluationCallback(Callback):
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish."""
         self.finish(trainer, pl_module, "test")
+
+
+class NamedEvaluation(EvaluationCallback):
+    """An evaluation of label predictions that logs under a name, so that several can work in one Trainer.
+
+    Args:
+        stages: Where to run: ``"val"``, ``"test"`` or both.
+        name: Stands in the log keys.
+        every_n_epochs: See `EvaluationCallback`.
+
+    Raises:
+        ValueError: A stage is unknown, or ``every_n_epochs`` is below 1.
+    """
+
+    def __init__(self, stages: Sequence[Stage], name: str, every_n_epochs: int = 1) -> None:
+        super().__init__(every_n_epochs)
+        if not stages or set(stages) - {"val", "test"}:
+            raise ValueError(f"stages: expected 'val', 'test' or both, got {list(stages)}")
+        self.stages, self.name = tuple(stages), name
+
+    def refuse_namesakes(self, trainer: Trainer) -> None:
+        """Check that no other evaluation of this kind logs under the same name.
+
+        Raises:
+            ValueError: One does.
+        """
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        others = [c for c in callbacks if isinstance(c, type(self)) and c is not self]
+        if any(c.name == self.name and set(c.stages) & set(self.stages) for c in others):
+            raise ValueError(
+                f"name: two evaluations of one Trainer would log under {self.name!r}; give each a name of its own, "
+                f"such as '{self.name}_2'"
+            )
+
+    def wanted(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> bool:
+        """Whether this evaluation counts: its stage and turn, and not in a phase in which only concepts train."""
+        labelled = bool(getattr(pl_module, "label_matters", True))
+        return stage in self.stages and self.due(trainer) and labelled and not trainer.sanity_checking

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -12,10 +12,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
-from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
+from cbm_lightning.callbacks.evaluation import NamedEvaluation, Stage
 from cbm_lightning.callbacks.intervention_figure import draw_curves
 from cbm_lightning.callbacks.loggers import log_figure, log_table
-from cbm_lightning.callbacks.passes import Positions, batches, flatten, gather_rows, predict, predictions
+from cbm_lightning.callbacks.passes import Positions, batches, flatten, gather_rows, prediction_of, predictions
 from cbm_lightning.data import ConceptDataModule
 from cbm_lightning.interventions.curve import Average
 from cbm_lightning.interventions.engine import InterventionEngine, Reading, Samples, Scope, Unanswered
@@ -28,7 +28,7 @@ from cbm_lightning.interventions.values import InterventionValues
 from cbm_lightning.types import Batch, Features, Prediction
 
 
-class InterventionEvaluation(EvaluationCallback):
+class InterventionEvaluation(NamedEvaluation):
     """Corrects concepts step by step in validation or test, and logs how the label follows.
 
     Each batch is encoded once, by the module's own step where that returns its ``prediction``; everything else is the
@@ -107,19 +107,16 @@ class InterventionEvaluation(EvaluationCallback):
         seed: int = 0,
         name: str = "intervention",
     ) -> None:
-        super().__init__(every_n_epochs)
+        super().__init__(stages, name, every_n_epochs)
         positive = {"max_samples": max_samples, "fit_batches": fit_batches}
         for field, value in positive.items():
             if value is not None and value < 1:
                 raise ValueError(f"{field}: expected at least 1, got {value}")
-        if not stages or set(stages) - {"val", "test"}:
-            raise ValueError(f"stages: expected 'val', 'test' or both, got {list(stages)}")
         if isinstance(policies, str):
             raise ValueError(f"policies: expected a list of names, got the single text {policies!r}")
         self.policies = [Policy.make(policy) for policy in policies]
         check_labels(self.policies)
         self.values = InterventionValues.make(values)
-        self.name, self.stages = name, tuple(stages)
         # all but the stages: a test takes up what the evaluation in a fit learned
         self._settings = {
             "name": name,
@@ -173,12 +170,7 @@ class InterventionEvaluation(EvaluationCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check every option against the model, and the name against other evaluations, before anything runs."""
-        others = [c for c in trainer.callbacks if isinstance(c, InterventionEvaluation) and c is not self]  # type: ignore[attr-defined]
-        if any(c.name == self.name and set(c.stages) & set(self.stages) for c in others):
-            raise ValueError(
-                f"name: two evaluations of one Trainer would log under {self.name!r}; give each a name of its own, "
-                "such as 'intervention_groups'"
-            )
+        self.refuse_namesakes(trainer)
         self._study(trainer, pl_module)
 
     def _study(self, trainer: Trainer, pl_module: LightningModule) -> InterventionStudy:
@@ -214,9 +206,7 @@ class InterventionEvaluation(EvaluationCallback):
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
         """Start afresh if this stage is wanted and it is this epoch's turn."""
         self._studies = []
-        # labels mean nothing in a phase in which only concepts train
-        labelled = bool(getattr(pl_module, "label_matters", True))
-        if stage in self.stages and self.due(trainer) and labelled and not trainer.sanity_checking:
+        if self.wanted(trainer, pl_module, stage):
             self._begin(trainer, pl_module, loaders)
 
     def take(
@@ -228,8 +218,7 @@ class InterventionEvaluation(EvaluationCallback):
         module = cast(Any, pl_module)
         study, positions = self._studies[dataloader_idx]
         content = module.read_batch(batch)
-        found = outputs.get("prediction") if isinstance(outputs, Mapping) else None
-        prediction = found if isinstance(found, Prediction) else predict(trainer, module, content)
+        prediction = prediction_of(trainer, module, outputs, content)
         index, first = positions.take(len(prediction.logits))
         if self.max_samples is not None:
             first = first & (index < self.max_samples)

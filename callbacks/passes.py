@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -112,6 +112,12 @@ def predict(trainer: Trainer, module: Predicts, batch: Batch) -> Prediction:
             "returns a Prediction(logits, concepts) for a batch"
         )
     return prediction
+
+
+def prediction_of(trainer: Trainer, module: Predicts, outputs: Any, batch: Batch) -> Prediction:
+    """The ``prediction`` that the step of a module returned, or a new one where it returned none."""
+    found = outputs.get("prediction") if isinstance(outputs, Mapping) else None
+    return found if isinstance(found, Prediction) else predict(trainer, module, batch)
 
 
 def loader_of(trainer: Trainer, pl_module: LightningModule, split: str) -> tuple[Iterable[Any], bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
+from cbm_lightning.callbacks.evaluation import NamedEvaluation, Stage
 from cbm_lightning.callbacks.loggers import log_figure, log_html, log_table
-from cbm_lightning.callbacks.passes import Positions, flatten, predict, predictions
+from cbm_lightning.callbacks.passes import Positions, flatten, prediction_of, predictions
 from cbm_lightning.callbacks.sparsity_figure import draw_nec_curves
 from cbm_lightning.head_solver import solver_device
 from cbm_lightning.heads import LabelHead
@@ -22,7 +22,7 @@ from cbm_lightning.sparsity.study import LEVELS, NECResult, NECStudy, Scores
 from cbm_lightning.types import Prediction
 
 
-class SparsityEvaluation(EvaluationCallback):
+class SparsityEvaluation(NamedEvaluation):
     """Label accuracy at numbers of effective concepts (NEC), in validation or test (VLG-CBM, Srivastava et al. 2024).
 
     Before the evaluation it predicts the training split once and fits sparse heads on what the model's head reads: an
@@ -71,9 +71,7 @@ class SparsityEvaluation(EvaluationCallback):
         seed: int = 0,
         name: str = "sparsity",
     ) -> None:
-        super().__init__(every_n_epochs)
-        if not stages or set(stages) - {"val", "test"}:
-            raise ValueError(f"stages: expected 'val', 'test' or both, got {list(stages)}")
+        super().__init__(stages, name, every_n_epochs)
         if fit_batches is not None and fit_batches < 1:
             raise ValueError(f"fit_batches: expected at least 1, got {fit_batches}")
         if not levels or min(levels) <= 0:
@@ -82,27 +80,21 @@ class SparsityEvaluation(EvaluationCallback):
             raise ValueError(f"refit_ridge: expected a positive number or None, got {refit_ridge}")
         if own := {"nec", "lambdas", "group_size", "refit_ridge"} & set(solver or {}):
             raise ValueError(f"solver: {sorted(own)} follow from levels, refit_ridge and the model")
-        self.levels, self.stages, self.solver = list(levels), tuple(stages), dict(solver or {})
+        self.levels, self.solver = list(levels), dict(solver or {})
         self.refit_ridge, self.random_concepts = refit_ridge, random_concepts
-        self.fit_batches, self.seed, self.name = fit_batches, seed, name
+        self.fit_batches, self.seed = fit_batches, seed
         self.result: NECResult | None = None
         self._studies: list[tuple[NECStudy, Positions]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check every option against the model, and the name against other evaluations, before anything runs."""
-        others = [c for c in trainer.callbacks if isinstance(c, SparsityEvaluation) and c is not self]  # type: ignore[attr-defined]
-        if any(c.name == self.name and set(c.stages) & set(self.stages) for c in others):
-            raise ValueError(
-                f"name: two evaluations of one Trainer would log under {self.name!r}; give each a name of its own"
-            )
+        self.refuse_namesakes(trainer)
         self._study(trainer, pl_module).check()
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
         """Fit the heads if this stage is wanted and it is this epoch's turn."""
         self._studies = []
-        # labels mean nothing in a phase in which only concepts train
-        labelled = bool(getattr(pl_module, "label_matters", True))
-        if stage not in self.stages or not self.due(trainer) or not labelled or trainer.sanity_checking:
+        if not self.wanted(trainer, pl_module, stage):
             return
         try:
             fitted = self._fitted(trainer, pl_module)
@@ -135,8 +127,7 @@ class SparsityEvaluation(EvaluationCallback):
         module = cast(Any, pl_module)
         study, positions = self._studies[dataloader_idx]
         content = module.read_batch(batch)
-        found = outputs.get("prediction") if isinstance(outputs, Mapping) else None
-        prediction = found if isinstance(found, Prediction) else predict(trainer, module, content)
+        prediction = prediction_of(trainer, module, outputs, content)
         _, first = positions.take(len(prediction.logits))
         columns = study.num_concepts * study.group_size
         study.add(scores_of(prediction, content["label"], columns, first.to(prediction.logits.device)))
