@@ -235,7 +235,8 @@ class PhasedTraining(PortableModule):
         spans = [
             (start / epochs, end / epochs)
             for phase, start, end in zip(self.phases, self._starts, ends, strict=True)
-            if part in phase.train and not phase.solver
+            # a fast_dev_run ends before the second phase
+            if part in phase.train and not phase.solver and start < end
         ]
         return (min(start for start, _ in spans), max(end for _, end in spans)) if spans else (0.0, 1.0)
 
