@@ -16,7 +16,6 @@ from cbm_lightning.callbacks.loggers import log_figure, log_html, log_table
 from cbm_lightning.callbacks.passes import Positions, flatten, prediction_of, predictions
 from cbm_lightning.callbacks.sparsity_figure import draw_nec_curves
 from cbm_lightning.head_solver import solver_device
-from cbm_lightning.heads import LabelHead
 from cbm_lightning.sparsity.report import as_html, kept_concepts
 from cbm_lightning.sparsity.study import LEVELS, NECResult, NECStudy, Scores
 from cbm_lightning.types import Prediction
@@ -157,10 +156,11 @@ class SparsityEvaluation(NamedEvaluation):
     def _study(self, trainer: Trainer, pl_module: LightningModule) -> NECStudy:
         """A fresh study."""
         module = cast(Any, pl_module)
-        head, layout = getattr(module, "head", None), getattr(getattr(module, "bottleneck", None), "layout", None)
-        missing = [name for name in ("concept_set", "task", "read_batch") if not hasattr(module, name)]
-        missing += ["bottleneck"] * (layout is None) + ["head"] * (not isinstance(head, LabelHead))
-        if missing or layout is None or head is None:
+        head: Any = getattr(module, "head", None)
+        layout: Any = getattr(getattr(module, "bottleneck", None), "layout", None)
+        needed = {name: getattr(module, name, None) for name in ("concept_set", "task", "read_batch")}
+        needed |= {"bottleneck": layout, "head": getattr(head, "num_outputs", None)}
+        if missing := [name for name, part in needed.items() if part is None]:
             raise TypeError(
                 f"SparsityEvaluation needs a concept bottleneck model, {type(module).__name__} has no {missing} of the "
                 "kind that it reads: use CBMModule, or `sparsity.NECStudy` on scores of your own"

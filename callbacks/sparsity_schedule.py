@@ -60,8 +60,8 @@ class SparsitySchedule(Callback):
 
     The proximal step takes the optimizer's own step size for each weight, see `step_sizes`, so that ``strength`` is
     the lambda of ``loss + lambda * penalty`` for SGD, with or without momentum, and for Adam alike; a group of weights
-    takes the mean of theirs. The weight decay of AdamW alone reaches no zero. With 16-bit true precision (not mixed)
-    small thresholds are rounded away.
+    takes the harmonic mean of theirs. The weight decay of AdamW alone reaches no zero. With 16-bit true precision (not
+    mixed) small thresholds are rounded away.
 
     Args:
         parameters: Patterns of parameter names (``*`` matches dots too); the weights of a linear head by default.
@@ -307,7 +307,7 @@ class SparsitySchedule(Callback):
 
     def _remember(self, pl_module: LightningModule) -> None:
         self._alive = {target.name: target.parameter.detach() != 0 for target in self._targets}
-        if self.masks:
+        if self.masks and self._averaged:
             self._masks = {target.name: mask_of(pl_module, target.name).clone() for target in self._targets}
 
     # ---------------------------------------------------------------- averaged weights
