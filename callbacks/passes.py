@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from torch.utils.data.distributed import DistributedSampler
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from cbm_lightning.backbones.base import evaluating
 from cbm_lightning.data import ConceptDataModule
+from cbm_lightning.modes import evaluating
 from cbm_lightning.types import Batch, Prediction
 
 

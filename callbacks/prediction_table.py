@@ -9,11 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from cbm_lightning.backbones.base import ImageStats, evaluating
+from cbm_lightning.backbones.base import ImageStats
 from cbm_lightning.callbacks.evaluation import EvaluationCallback, Stage
 from cbm_lightning.callbacks.loggers import log_figure, log_table, to_bytes
 from cbm_lightning.callbacks.prediction_figure import draw_predictions
 from cbm_lightning.concepts import ConceptSet
+from cbm_lightning.modes import evaluating
 from cbm_lightning.types import Batch
 
 if TYPE_CHECKING:

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 from cbm_lightning.backbones import Backbone, create_backbone
-from cbm_lightning.backbones.base import evaluating
 from cbm_lightning.batches import as_float, check_batch, check_task
 from cbm_lightning.bottlenecks import Bottleneck, LinearBottleneck
 from cbm_lightning.concepts import ConceptSet
@@ -20,6 +19,7 @@ from cbm_lightning.explanation import explain_prediction
 from cbm_lightning.heads import LabelHead, LinearHead
 from cbm_lightning.labels import Task
 from cbm_lightning.losses import ConceptLoss, label_loss
+from cbm_lightning.modes import evaluating
 from cbm_lightning.optimization import ClassSpec, check_positive, check_weights
 from cbm_lightning.phases import Phase
 from cbm_lightning.preflight import check_loss_names

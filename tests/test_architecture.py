@@ -13,7 +13,7 @@ PACKAGE = REPOSITORY / "cbm_lightning"
 
 # a file may import from its own layer and from those before it
 LAYERS = [
-    ("types", "concepts", "configurable", "randomness", "labels"),
+    ("types", "concepts", "configurable", "registry", "modes", "randomness", "labels"),
     ("interventions", "sparsity", "saliency", "metrics"),
     ("backbones", "bottlenecks", "heads", "losses"),
     (

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cbm_lightning.configurable import Part
+from cbm_lightning.modes import evaluating
 from cbm_lightning.types import FeatureDims, Features
 
 Transform = Callable[[Any], Tensor]
@@ -49,8 +49,8 @@ class Backbone(Part):
         """Features of an input batch."""
 
     def forward(self, x: Tensor) -> Features:
-        """Features of an input batch; without a graph if the backbone is frozen."""
-        if self.frozen:
+        """Features of an input batch; without a graph if the backbone is frozen and the input asks for no gradient."""
+        if self.frozen and not x.requires_grad:
             with torch.no_grad():
                 return self.encode(x)
         return self.encode(x)
@@ -111,18 +111,6 @@ def split_map(features: Tensor, channels_last: bool = False) -> tuple[Tensor, tu
     if channels_last:
         return features.flatten(1, 2), (features.shape[1], features.shape[2])
     return features.flatten(2).transpose(1, 2), (features.shape[2], features.shape[3])
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; every submodule gets its own mode back afterwards."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode
 
 
 def probe(encode: Callable[[Tensor], Features], module: nn.Module, example: Tensor) -> FeatureDims:

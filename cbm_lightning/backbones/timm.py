@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cbm_lightning.backbones.base import Backbone, ImageStats, Transform, evaluating, probe, split_map
+from cbm_lightning.backbones.base import Backbone, ImageStats, Transform, probe, split_map
 from cbm_lightning.backbones.layout import TokenLayout
 from cbm_lightning.backbones.weights import load_timm_weights
+from cbm_lightning.modes import evaluating
 from cbm_lightning.types import Features
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cbm_lightning.backbones.base import evaluating, split_map
+from cbm_lightning.backbones.base import split_map
 from cbm_lightning.backbones.layout import Grid, TokenLayout
+from cbm_lightning.modes import evaluating
 
 
 class Tower(nn.Module):

@@ -6,14 +6,12 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cbm_lightning.concepts import ConceptSet
-from cbm_lightning.configurable import Configurable
-from cbm_lightning.interventions.registry import find, register
+from cbm_lightning.registry import Named
 from cbm_lightning.types import ConceptOutput, Intervention
 
 
@@ -21,7 +19,7 @@ class CollapseWarning(UserWarning):
     """Correcting a concept changes nothing, because "absent" and "present" stand for the same value."""
 
 
-class InterventionValues(Configurable, ABC):
+class InterventionValues(Named, ABC, field="values"):
     """Turns what a person says, 0 or 1 or between, into what a bottleneck is told.
 
     Subclass it for a strategy of your own, with a ``name`` for YAML files.
@@ -33,25 +31,8 @@ class InterventionValues(Configurable, ABC):
             categorical group or all that are corrected; set by `build`. Look-ahead then predicts anew for each concept.
     """
 
-    registry: ClassVar[dict[str, type[InterventionValues]]] = {}
-    name: ClassVar[str] = ""
     needs_train: bool = False
     couples_groups: bool = False
-
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        """Make the short name known."""
-        super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            register(cls.name, cls, InterventionValues.registry)
-
-    @classmethod
-    def make(cls, source: str | InterventionValues) -> InterventionValues:
-        """A strategy, or the one of a short name with its defaults.
-
-        Raises:
-            ValueError: No strategy has that name; the message lists near matches.
-        """
-        return find("values", source, InterventionValues.registry)() if isinstance(source, str) else source
 
     def build(self, concepts: ConceptSet) -> None:
         """Get to know the concepts; called once before anything else."""

@@ -8,17 +8,16 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from cbm_lightning.configurable import Configurable
-from cbm_lightning.interventions.registry import find, register
 from cbm_lightning.interventions.state import State
 from cbm_lightning.interventions.units import Units
+from cbm_lightning.registry import Named
 
 Split = Literal["train", "val"]
 Gather = Callable[[Tensor], Tensor]
 """Joins the rows of all processes, the same everywhere; the identity on one process."""
 
 
-class Policy(Configurable, ABC):
+class Policy(Named, ABC, field="policies"):
     """Scores the units of each sample: the highest is asked about first, the lowest index on a tie.
 
     A policy of one's own subclasses this and defines `score`; with a ``name`` it has a short name in YAML files.
@@ -44,8 +43,6 @@ class Policy(Configurable, ABC):
         'least_sure'
     """
 
-    registry: ClassVar[dict[str, type[Policy]]] = {}
-    name: ClassVar[str] = ""
     fits_on: ClassVar[Split | None] = None
     stochastic: bool = False
     is_oracle: ClassVar[bool] = False
@@ -53,31 +50,6 @@ class Policy(Configurable, ABC):
     def __init__(self, *, adaptive: bool = False, label: str | None = None) -> None:
         self.adaptive = adaptive
         self.label = label or self.name or type(self).__name__
-
-    def __init_subclass__(cls, **kwargs: object) -> None:
-        """Make the short name known."""
-        super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):
-            register(cls.name, cls, Policy.registry)
-
-    @classmethod
-    def make(cls, source: str | Policy) -> Policy:
-        """A policy, or the one of a short name with its defaults.
-
-        Raises:
-            ValueError: No policy has that name, with near matches in the message, or it has no defaults.
-            TypeError: It is neither a name nor a policy.
-        """
-        if isinstance(source, Policy):
-            return source
-        if not isinstance(source, str):
-            raise TypeError(f"policies: expected short names or policies such as UCP(), got {source!r}")
-        try:
-            return find("policies", source, Policy.registry)()
-        except TypeError as error:
-            raise ValueError(
-                f"policies: {source!r} needs arguments, give its class path and init_args: {error}"
-            ) from None
 
     def build(self, units: Units) -> None:
         """Get to know what can be asked, and check the arguments against it; called once before anything else."""
