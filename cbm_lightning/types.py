@@ -48,6 +48,46 @@ class Features:
     mask: Tensor | None = None
     grid: tuple[int, ...] | None = None
 
+    def averaged_tokens(self) -> Tensor:
+        """``[B, N, D]`` the tokens of an image if ``pooled`` is their mean, so that what is linear in ``pooled`` has a map.
+
+        Masked tokens are zero, the others are scaled up for them: the mean of what is returned is ``pooled``.
+
+        Raises:
+            ValueError: There are no tokens on a grid, or ``pooled`` is something else than their mean.
+        """
+        if self.tokens is None or self.grid is None or len(self.grid) != 2:
+            raise ValueError(
+                "exact maps need patch tokens on a grid, and this backbone returns none; choose another backbone or "
+                "stage, or a method that needs no tokens, such as grad_cam"
+            )
+        tokens = self.tokens
+        if self.mask is not None:
+            real = self.mask.to(tokens)
+            tokens = tokens * (real * (real.shape[1] / real.sum(1, keepdim=True).clamp(min=1.0))).unsqueeze(-1)
+        exact = tokens.dtype in (torch.float32, torch.float64)
+        mean = tokens.mean(1)
+        if (
+            mean.shape != self.pooled.shape
+            or (mean - self.pooled).norm() > (1e-3 if exact else 3e-2) * self.pooled.norm()
+        ):
+            raise ValueError(
+                "exact maps need a pooled vector that is the mean of the tokens, and this backbone pools in another "
+                "way; train it with pool='token_mean', or use a method that needs no such thing, such as grad_cam"
+            )
+        return tokens
+
+    def as_map(self, cells: Tensor) -> Tensor:
+        """``[B, N, K]`` numbers a token to maps ``[B, K, h, w]``.
+
+        Raises:
+            ValueError: The tokens lie on no grid of two dimensions.
+        """
+        if self.grid is None or len(self.grid) != 2:
+            raise ValueError(f"expected tokens on a grid (h, w), got the grid {self.grid}")
+        maps: Tensor = cells.transpose(1, 2).unflatten(2, self.grid)
+        return maps
+
 
 class ValueLayout(NamedTuple):
     """How a bottleneck lays out what the head reads: ``K`` blocks of ``width`` numbers, then ``extra`` free ones.

@@ -76,6 +76,19 @@ class Bottleneck(Part):
         """
         return None
 
+    def concept_maps(self, output: ConceptOutput) -> Tensor | None:
+        """Where each concept score comes from, exactly and without another pass.
+
+        Returns:
+            ``[B, K, h, w]``, or None where there is no such thing. By default the ``maps`` that the bottleneck computed
+            with. For a score that is linear in the mean of the tokens, what each cell adds to it: the mean over cells
+            is the score without what depends on no place (a bias).
+
+        Raises:
+            ValueError: There would be such maps, but not with these features; the message says why.
+        """
+        return output.maps
+
     def query_scores(self, output: ConceptOutput, mask: Tensor) -> Tensor | None:
         """``[B, U]`` raw scores of a learned policy: which unit (group) to ask about next, or None without one.
 

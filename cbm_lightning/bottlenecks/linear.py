@@ -80,6 +80,11 @@ class LinearBottleneck(ScalarBottleneck):
         own = torch.where(intervention.mask, own * output.extras["gate"], own)
         return corrected.replace(values=torch.cat([own, free], -1))
 
+    def concept_maps(self, output: ConceptOutput) -> Tensor:
+        """Class activation maps of the concepts (Zhou et al. 2016): their mean and the bias make up the score."""
+        features = output.features
+        return features.as_map(features.averaged_tokens() @ self.scores.weight.T)
+
     def losses(self, output: ConceptOutput, batch: Batch, context: LossContext) -> dict[str, Tensor]:
         """The concept loss and, with gates, their expected l0 norm a concept."""
         l0 = {} if self.gates is None else {"l0": self.gates.open_probability().mean()}

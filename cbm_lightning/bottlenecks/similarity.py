@@ -37,9 +37,12 @@ class Standardizer(nn.Module):
                 self.squares += rows.var(0, correction=0) * batch + shift.square() * self.count * batch / total
                 self.mean += shift * batch / total
                 self.count += batch
+        return (x - self.mean.to(x)) * self.factor().to(x)
+
+    def factor(self) -> Tensor:
+        """``[width]`` one over the standard deviation; one before any data, and for a constant column."""
         spread = (self.squares / self.count.clamp(min=1)).sqrt()
-        # before any data, and for a constant column, only the (zero or constant) mean is taken off
-        return (x - self.mean.to(x)) / torch.where(spread > 1e-8, spread, 1.0).to(x)
+        return torch.where(spread > 1e-8, spread, 1.0).reciprocal()
 
 
 class SimilarityBottleneck(ScalarBottleneck):
@@ -115,6 +118,13 @@ class SimilarityBottleneck(ScalarBottleneck):
             cosine = normalize(features.pooled.float(), dim=-1) @ self.texts.float().T
             logits = cosine * self.scale if self.normalizer is None else self.normalizer(cosine)
         return self.make_output(features, logits.to(features.pooled.dtype))
+
+    def concept_maps(self, output: ConceptOutput) -> Tensor:
+        """What each token adds to the similarity with the text; standardisation shifts scores, which has no place."""
+        features = output.features
+        length = features.pooled.float().norm(dim=-1).clamp(min=1e-12)
+        cells = features.averaged_tokens().float() @ self.texts.float().T / length[:, None, None]
+        return features.as_map(cells * (self.scale if self.normalizer is None else self.normalizer.factor()))
 
     def losses(self, output: ConceptOutput, batch: Batch, context: LossContext) -> dict[str, Tensor]:
         """No concept loss: the texts say what the concepts mean."""
