@@ -1,7 +1,29 @@
-"""Metrics of concept predictions, in torchmetrics style."""
+"""Metrics of concepts, in torchmetrics style: how well they are predicted, where they look, what rests on them."""
 
 from cbm_lightning.metrics.accuracy import ConceptAccuracy, ConceptJointAccuracy
 from cbm_lightning.metrics.calibration import ConceptCalibrationError
+from cbm_lightning.metrics.concept_existence import ConceptExistence
+from cbm_lightning.metrics.concept_importance import ConceptGlobalImportance
+from cbm_lightning.metrics.concept_location import ConceptLocation
+from cbm_lightning.metrics.faithfulness import (
+    AverageDrop,
+    AverageGain,
+    AverageIncrease,
+    DeletionAUC,
+    InsertionAUC,
+    RandomisationSimilarity,
+)
+from cbm_lightning.metrics.localisation import (
+    EnergyInMask,
+    HalfMaxIoU,
+    KeypointDistance,
+    MassIoU,
+    PixelAUROC,
+    PixelAveragePrecision,
+    PointingGame,
+    RankAccuracy,
+    TopKIntersection,
+)
 from cbm_lightning.metrics.ranking import ConceptAUROC, ConceptAveragePrecision
 from cbm_lightning.metrics.real import RealConceptError
 
@@ -12,4 +34,22 @@ __all__ = [
     "ConceptAveragePrecision",
     "ConceptCalibrationError",
     "RealConceptError",
+    "PointingGame",
+    "EnergyInMask",
+    "RankAccuracy",
+    "TopKIntersection",
+    "MassIoU",
+    "HalfMaxIoU",
+    "PixelAUROC",
+    "PixelAveragePrecision",
+    "KeypointDistance",
+    "ConceptLocation",
+    "ConceptExistence",
+    "ConceptGlobalImportance",
+    "DeletionAUC",
+    "InsertionAUC",
+    "AverageDrop",
+    "AverageIncrease",
+    "AverageGain",
+    "RandomisationSimilarity",
 ]
