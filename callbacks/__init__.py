@@ -1,9 +1,17 @@
 """Lightning callbacks over the packages of cbm_lightning."""
 
+from cbm_lightning.callbacks.concept_saliency import ConceptSaliency
 from cbm_lightning.callbacks.intervention_evaluation import InterventionEvaluation
 from cbm_lightning.callbacks.prediction_table import PredictionTable
 from cbm_lightning.callbacks.sparsity_evaluation import SparsityEvaluation
 from cbm_lightning.callbacks.sparsity_schedule import SparsitySchedule
 from cbm_lightning.callbacks.temperature_schedule import TemperatureSchedule
 
-__all__ = ["InterventionEvaluation", "PredictionTable", "SparsityEvaluation", "SparsitySchedule", "TemperatureSchedule"]
+__all__ = [
+    "ConceptSaliency",
+    "InterventionEvaluation",
+    "PredictionTable",
+    "SparsityEvaluation",
+    "SparsitySchedule",
+    "TemperatureSchedule",
+]
