@@ -83,8 +83,8 @@ def _draw(axes: Axes, image: Tensor, panel: Panel) -> None:
         axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
         heat = panel.map.clamp(min=0)
         heat = heat / heat.max().clamp(min=1e-12)
-        # the image stays visible where nothing is found
-        axes.imshow(heat.numpy(), cmap=COLOURS, vmin=0, vmax=1, alpha=(0.25 + 0.65 * heat).numpy())
+        # the image shows through where little is found
+        axes.imshow(heat.numpy(), cmap=COLOURS, vmin=0, vmax=1, alpha=(0.9 * heat.sqrt()).numpy())
     if panel.mask is not None and bool(panel.mask.any()) and not bool(panel.mask.all()):
         axes.contour(panel.mask.float().numpy(), levels=[0.5], colors=OUTLINE, linewidths=0.9)
     if panel.point is not None and not bool(panel.point.isnan().any()):

@@ -184,7 +184,7 @@ class ConceptSet:
             f"concept {self.names[k]!r} never varies: no model can show that it learned it" for k in sorted(constant)
         ]
         found += self._inseparable_pairs(concepts, [k for k in binary if k not in constant])
-        if labels is not None and self._is_function_of_class(concepts, labels):
+        if labels is not None and self.is_function_of_class(concepts, labels):
             found.append(
                 "the concept vector is a function of the class: images of a class never differ in a concept, so "
                 "concept accuracy is partly class accuracy and concepts can be read off the class"
@@ -212,7 +212,8 @@ class ConceptSet:
             warnings.warn("; ".join(found[::-1][:3]) + more, CoOccurrenceWarning, stacklevel=2)
 
     @staticmethod
-    def _is_function_of_class(concepts: Tensor, labels: Tensor) -> bool:
+    def is_function_of_class(concepts: Tensor, labels: Tensor) -> bool:
+        """Whether images of a class never differ in a concept, of ``[N, K]`` annotations and ``[N]`` class indices."""
         filled = concepts.nan_to_num(nan=-1.0)
         repeats = False
         for label in labels.unique():

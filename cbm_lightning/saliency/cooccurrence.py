@@ -100,7 +100,7 @@ class CoOccurrence:
         Returns:
             ``concept``, ``prevalence`` (share of annotated images in which it holds), ``closest`` (the other concept
             from which it is least separated, None if there is none), ``separated`` (from it, in [0, 1] or NaN), and
-            ``inseparable_from`` (a list of concepts, and ``<every image>`` if it is always present).
+            ``inseparable_from`` (names joined by ``; ``, and ``<every image>`` if it is always present).
         """
         import pandas as pd
 
@@ -112,7 +112,7 @@ class CoOccurrence:
                 "prevalence": prevalence[k],
                 "closest": None if closest[k] < 0 else self.names[closest[k]],
                 "separated": math.nan if closest[k] < 0 else float(self.separated[k, closest[k]]),
-                "inseparable_from": self._partners(k),
+                "inseparable_from": "; ".join(self._partners(k)),
             }
             for k, name in enumerate(self.names)
         ]
@@ -194,7 +194,7 @@ def cooccurrence(
         conditional=together / (together + alone),
         separated=separated,
         distinct_vectors=_distinct_rows(shown[(known | real).all(1)]),
-        function_of_class=None if labels is None else ConceptSet._is_function_of_class(raw.float(), labels.cpu()),
+        function_of_class=None if labels is None else ConceptSet.is_function_of_class(raw.float(), labels.cpu()),
         groups=_components((separated <= min_separated).fill_diagonal_(False)),
         always_present=((holds == annotated) & (annotated > 0)).nonzero().flatten().tolist(),
         min_separated=min_separated,
