@@ -49,7 +49,7 @@ class Features:
     grid: tuple[int, ...] | None = None
 
     def averaged_tokens(self) -> Tensor:
-        """``[B, N, D]`` the tokens of an image if ``pooled`` is their mean, so that what is linear in ``pooled`` has a map.
+        """``[B, N, D]`` the tokens of an image if ``pooled`` is their mean: what is linear in ``pooled`` has maps then.
 
         Masked tokens are zero, the others are scaled up for them: the mean of what is returned is ``pooled``.
 

@@ -21,6 +21,7 @@ from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.data.cub_annotations import (
     DEFINITELY,
     NOT_VISIBLE,
+    PARTS_TABLES,
     TABLES,
     CubAnnotations,
     attribute_concepts,
@@ -31,6 +32,7 @@ from cbm_lightning.data.cub_annotations import (
     read_parts,
     soften,
 )
+from cbm_lightning.data.cub_parts import CubImages, candidate_parts
 from cbm_lightning.data.images import ImageDataModule, ImageDataset, stratified_split
 
 ARCHIVE_URL = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
@@ -56,7 +58,10 @@ class CUB200(ImageDataModule):
         val_fraction: Share of the official training images of each class held out for validation.
         min_classes: An attribute becomes a concept if it holds in at least this many classes.
         parts: Add ``parts [B, 15, 3]`` to batches without augmentation: ``(x, y, visible)`` in pixels of the
-            transformed image, in the order of `part_names`.
+            transformed image, in the order of `part_names`; and ``concept_points [B, K, 2]``: ``(x, y)`` there of
+            the part that shows each concept, by `cub_parts.PARTS_OF_GROUP`. A point is NaN where the concept is absent
+            (or guessed) by the ``labels`` chosen, is about no single part, or has not exactly one of its parts visible
+            in the transformed image (both wings, say).
         download: Fetch the archive (1.1 GB) into ``root`` if the folder is not there yet.
         options: Of `ImageDataModule` (``train_transform``, ``eval_transform``, ``image_size``, ``augment``) and
             `ConceptDataModule` (``batch_size``, ``num_workers``, ``seed``).
@@ -111,7 +116,7 @@ class CUB200(ImageDataModule):
     @property
     def part_names(self) -> list[str]:
         """Names of the 15 parts."""
-        return read_parts(self.folder, self.tables.image_ids)[0]
+        return self._parts[0]
 
     @cached_property
     def folder(self) -> Path:
@@ -131,7 +136,7 @@ class CUB200(ImageDataModule):
 
     def files(self) -> Iterable[Path]:
         """The images of the kept classes and the tables that were read."""
-        yield from (self.folder / table for table in TABLES)
+        yield from (self.folder / table for table in (*TABLES, *(PARTS_TABLES if self.parts else ())))
         yield from self._paths(np.flatnonzero(np.isin(self.tables.labels, self._kept)))
 
     def make_split(self, name: str) -> ImageDataset:
@@ -150,9 +155,17 @@ class CUB200(ImageDataModule):
             "concepts": self._concept_values(rows),
             "certainty": self._certainty(rows),
         }
-        parts = read_parts(self.folder, self.tables.image_ids)[1][torch.from_numpy(rows)] if self.parts else None
-        augmented = self.is_augmented(name)
-        return ImageDataset(paths, tensors, self.transform_of(name), augmented=augmented, seed=self.seed, parts=parts)
+        options: dict[str, Any] = {"augmented": self.is_augmented(name), "seed": self.seed}
+        if self.parts:
+            names, locations = self._parts
+            options["parts"] = locations[torch.from_numpy(rows)]
+            options["candidates"] = candidate_parts(self.concept_set.names, names)
+        return CubImages(paths, tensors, self.transform_of(name), **options)
+
+    @cached_property
+    def _parts(self) -> tuple[list[str], Tensor]:
+        """Names of the parts, and their locations ``[N, P, 3]`` in all official images."""
+        return read_parts(self.folder, self.tables.image_ids)
 
     @cached_property
     def _votes(self) -> NDArray[np.uint8]:

@@ -30,6 +30,9 @@ TABLES = (
 )
 """Tables that must lie in the folder, beside ``attributes.txt``, which the archive keeps one folder above."""
 
+PARTS_TABLES = ("parts/parts.txt", "parts/part_locs.txt")
+"""Tables that must lie there as well if parts are wanted."""
+
 
 @dataclass(frozen=True)
 class CubAnnotations:
@@ -163,7 +166,7 @@ def read_parts(folder: Path, image_ids: NDArray[np.int64]) -> tuple[list[str], T
     """
     import pandas as pd
 
-    names_file, locations_file = folder / "parts" / "parts.txt", folder / "parts" / "part_locs.txt"
+    names_file, locations_file = (folder / table for table in PARTS_TABLES)
     for file in (names_file, locations_file):
         if not file.is_file():
             raise FileNotFoundError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from cbm_lightning.saliency.cooccurrence import CoOccurrence, cooccurrence
+from cbm_lightning.saliency.co_occurrence import CoOccurrence, cooccurrence
 from cbm_lightning.saliency.maps import class_maps, concept_maps
 from cbm_lightning.saliency.methods import (
     ActivationMapping,
