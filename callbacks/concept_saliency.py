@@ -17,7 +17,7 @@ from cbm_lightning.callbacks.prediction_table import displayable
 from cbm_lightning.callbacks.saliency_figure import Panel, draw_saliency
 from cbm_lightning.callbacks.saliency_panels import panels
 from cbm_lightning.saliency import SaliencyMethod
-from cbm_lightning.saliency.cooccurrence import CoOccurrence, cooccurrence
+from cbm_lightning.saliency.co_occurrence import CoOccurrence, cooccurrence
 from cbm_lightning.saliency.study import Counted, SaliencyResult, SaliencyStudy
 from cbm_lightning.types import Batch, Prediction
 
