@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cbm_lightning.metrics.per_concept import PerConceptMetric
 from cbm_lightning.randomness import step_generator
-from cbm_lightning.saliency.faithfulness import Activation, Score, check_pairs, check_positive, shifted
+from cbm_lightning.saliency.faithfulness import (
+    Activation,
+    Curve,
+    Score,
+    Substrate,
+    check_pairs,
+    check_positive,
+    shifted,
+)
 
 
 class ShiftedChanceMetric(PerConceptMetric):
@@ -85,3 +94,33 @@ class FaithfulnessMetric(ShiftedChanceMetric):
         both = torch.cat([maps, self.elsewhere(maps)])
         found = self.measure(score, images, both, rows.repeat(2), concepts.repeat(2))
         self.record(found[: len(maps)], found[len(maps) :], concepts)
+
+
+class CurveMetric(FaithfulnessMetric):
+    """Base of metrics that are the mean area under curves; a subclass says which.
+
+    Args:
+        num_concepts: ``K``.
+        step: Pixels changed at once, one row by default. The model is asked ``2 P (ceil(H W / step) + 1)`` times.
+        substrate: ``"zero"``, ``"blur"``, a number or a colour ``[C, 1, 1]``; the default is that of the curve.
+        kwargs: See `FaithfulnessMetric`.
+
+    Raises:
+        ValueError: ``num_concepts``, ``step`` or ``batch_size`` is below 1.
+    """
+
+    curve: ClassVar[Callable[..., Curve]]
+
+    def __init__(
+        self, num_concepts: int, *, step: int | None = None, substrate: Substrate | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(num_concepts, **kwargs)
+        if step is not None:
+            check_positive("step", step)
+        self.step, self.substrate = step, substrate
+
+    def measure(self, score: Score, images: Tensor, maps: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
+        """Areas ``[P]``."""
+        own = {} if self.substrate is None else {"substrate": self.substrate}
+        options = {"step": self.step, "activation": self.activation, "batch_size": self.batch_size, **own}
+        return type(self).curve(score, images, maps, rows, concepts, **options).auc

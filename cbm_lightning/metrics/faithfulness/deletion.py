@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
-
-from cbm_lightning.metrics.faithfulness.base import FaithfulnessMetric
-from cbm_lightning.saliency.faithfulness import Score, Substrate, check_positive, deletion
+from cbm_lightning.metrics.faithfulness.base import CurveMetric
+from cbm_lightning.saliency.faithfulness import deletion
 
 
-class DeletionAUC(FaithfulnessMetric):
+class DeletionAUC(CurveMetric):
     """Mean area under deletion curves, see `cbm_lightning.saliency.faithfulness.deletion`; small is good.
 
     Args:
         num_concepts: ``K``.
-        step: Pixels taken at once, one row by default. The model is asked ``2 P (ceil(H W / step) + 1)`` times.
-        substrate: What comes into their place: ``"zero"``, ``"blur"``, a number or a colour ``[C, 1, 1]``.
-        kwargs: ``activation``, ``batch_size`` and ``seed``, see `FaithfulnessMetric`, and options of
-            ``torchmetrics.Metric``.
+        kwargs: ``step`` and ``substrate`` (``"zero"`` by default), see `CurveMetric`; ``activation``, ``batch_size``
+            and ``seed``, see `FaithfulnessMetric`; and options of ``torchmetrics.Metric``.
 
     Raises:
         ValueError: ``num_concepts``, ``step`` or ``batch_size`` is below 1.
@@ -34,24 +28,4 @@ class DeletionAUC(FaithfulnessMetric):
 
     higher_is_better = False
 
-    def __init__(
-        self, num_concepts: int, *, step: int | None = None, substrate: Substrate = "zero", **kwargs: Any
-    ) -> None:
-        super().__init__(num_concepts, **kwargs)
-        if step is not None:
-            check_positive("step", step)
-        self.step, self.substrate = step, substrate
-
-    def measure(self, score: Score, images: Tensor, maps: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
-        """Areas ``[P]``."""
-        return deletion(
-            score,
-            images,
-            maps,
-            rows,
-            concepts,
-            step=self.step,
-            substrate=self.substrate,
-            activation=self.activation,
-            batch_size=self.batch_size,
-        ).auc
+    curve = staticmethod(deletion)
