@@ -150,8 +150,9 @@ class ConceptSaliency(NamedEvaluation):
         with torch.inference_mode(False), torch.no_grad():
             self.result = result = study.compute()
         key = f"{stage}/{self.name}"
-        # the study has the numbers of all processes already
-        pl_module.log_dict({f"{key}/{name}": value.to(pl_module.device) for name, value in result.scalars().items()})
+        scalars = {f"{key}/{name}": value.to(pl_module.device) for name, value in result.scalars().items()}
+        # all processes have the same numbers; without sync_dist Lightning would warn that they may not
+        pl_module.log_dict(scalars, sync_dist=True)
         if trainer.is_global_zero:
             if result.values:
                 log_table(trainer, f"{key}/metrics", result.table())

@@ -70,12 +70,16 @@ def write_cub_tree(dest: Path, cub10: Path) -> Path:
     return folder
 
 
-def write_miniature_cub_tree(dest: Path, n_classes: int = 4, images_a_class: int = 10, size: int = 40) -> Path:
+def write_miniature_cub_tree(
+    dest: Path, n_classes: int = 4, images_a_class: int = 10, size: int = 40, wings: bool = False
+) -> Path:
     """Write a small ``dest/CUB_200_2011`` of painted images and return it.
 
     Six attributes in three groups: the wing colour (the bits of the class number in red and blue), a bill shape that
     splits annotators, and a tail that is never visible. Every third image is an official test image. The back is a
-    white dot at the place of part 1; part 2 is never visible.
+    white dot at the place of part 1; part 2 is never visible. On request there are wings, green dots at the top on the
+    left and at the bottom on the right: of every three images the first shows the left one, the second the right one,
+    the third both.
     """
     from PIL import Image
 
@@ -99,19 +103,36 @@ def write_miniature_cub_tree(dest: Path, n_classes: int = 4, images_a_class: int
     percent = np.stack([present[labels == c].mean(0) * 100 for c in range(n_classes)])
     parts = np.zeros((n, 2, 3))
     parts[:, 0] = np.column_stack([rng.integers(size // 4, 3 * size // 4, (n, 2)), np.ones(n)])
+    names = ["back", "beak"]
+    if wings:
+        names += ["left wing", "right wing"]
+        parts = np.concatenate([parts, _miniature_wings(within, size)], 1)
     boxes = np.tile([1.0, 1.0, size - 2.0, size - 2.0], (n, 1))
     is_train = within % 3 != 0
-    tables = Tables(
-        paths, labels, is_train, classes, attributes, present, certainty, percent, ["back", "beak"], parts, boxes
-    )
+    tables = Tables(paths, labels, is_train, classes, attributes, present, certainty, percent, names, parts, boxes)
     folder = _write_tables(dest, tables)
-    for path, colour, (x, y, _) in zip(paths, np.stack([red, 0 * red, blue], 1), parts[:, 0].astype(int), strict=True):
+    for path, colour, points in zip(paths, np.stack([red, 0 * red, blue], 1), parts.astype(int), strict=True):
         pixels = (colour * 150 + rng.integers(0, 40, (size, size, 3))).astype(np.uint8)
+        for x, y, visible in points[2:]:
+            if visible:
+                pixels[y - 1 : y + 2, x - 1 : x + 2] = 0, 255, 0
+        x, y, _ = points[0]
         pixels[y - 1 : y + 2, x - 1 : x + 2] = 255
         file = folder / "images" / path
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(file)
     return folder
+
+
+def _miniature_wings(within: NDArray[np.int64], size: int) -> NDArray[np.float64]:
+    """``[N, 2, 3]`` places of left and right wings, zeros where invisible, above and below where backs may be."""
+    rng = np.random.default_rng(1)
+    rows = rng.integers(2, size // 4 - 2, len(within))
+    columns = rng.integers(2, size // 2 - 2, (2, len(within)))
+    left = np.stack([columns[0], rows, within % 3 != 1], 1)
+    right = np.stack([size - 1 - columns[1], size - 1 - rows, within % 3 != 0], 1)
+    wings = np.stack([left, right], 1).astype(np.float64)
+    return wings * wings[..., 2:]
 
 
 def _derived_attribute_labels(

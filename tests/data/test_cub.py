@@ -334,6 +334,16 @@ def test_real_photographs_load_with_their_parts(real_root):
     assert batch["image"].std() > 0.1
     assert batch["parts"].shape == (16, 15, 3)
     assert 0.5 < batch["parts"][..., 2].mean() < 0.95
+    points = batch["concept_points"]
+    assert points.shape == (16, 112, 2)
+    shown = ~points.isnan().any(2)
+    assert not shown[batch["concepts"] == 0].any()
+    beak = made.part_names.index("beak")
+    bill = made.concept_set.names.index("has_bill_shape::hooked_seabird")
+    here = shown[:, bill]
+    assert here.any()
+    assert torch.equal(here, (batch["concepts"][:, bill] == 1) & (batch["parts"][:, beak, 2] == 1))
+    assert torch.equal(points[here, bill], batch["parts"][here, beak, :2])
     concepts, labels = made.annotations("train")
     assert torch.unique(concepts, dim=0).shape[0] == 10
     assert (concepts.std(0) > 0).sum() == 58  # only these vary within ten classes
