@@ -36,6 +36,8 @@ class Named(Configurable):
         super().__init_subclass__(**kwargs)
         if field is not None:
             cls.field, cls.registry = field, {}
+        elif not hasattr(cls, "registry"):
+            raise TypeError(f"{cls.__name__} founds a family: say which argument takes its members, field='...'")
         elif "name" in vars(cls):
             register(cls.name, cls, cls.registry)
 

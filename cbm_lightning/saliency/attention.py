@@ -8,6 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from cbm_lightning.saliency.last_map import eager
+
+_ARGUMENTS = (
+    "query",
+    "key",
+    "value",
+    "key_padding_mask",
+    "need_weights",
+    "attn_mask",
+    "average_attn_weights",
+    "is_causal",
+)
+
 
 @contextmanager
 def attention_weights(backbone: nn.Module) -> Iterator[list[Tensor]]:
@@ -22,7 +35,8 @@ def attention_weights(backbone: nn.Module) -> Iterator[list[Tensor]]:
     caught: list[Tensor] = []
 
     def ask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, {**kwargs, "need_weights": True, "average_attn_weights": False}
+        named = dict(zip(_ARGUMENTS, args, strict=False))
+        return (), {**named, **kwargs, "need_weights": True, "average_attn_weights": False}
 
     def take_second(module: nn.Module, args: Any, output: Any) -> None:
         caught.append(output[1])
@@ -30,13 +44,14 @@ def attention_weights(backbone: nn.Module) -> Iterator[list[Tensor]]:
     def take(module: nn.Module, args: Any, output: Tensor) -> None:
         caught.append(output)
 
-    with ExitStack() as undo:
+    with ExitStack() as undo, eager():
         for module in backbone.modules():
             if isinstance(module, nn.MultiheadAttention):
                 undo.callback(module.register_forward_pre_hook(ask, with_kwargs=True).remove)
                 undo.callback(module.register_forward_hook(take_second).remove)
-            elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module) and hasattr(module, "fused_attn"):
-                undo.callback(setattr, module, "fused_attn", module.fused_attn)
-                setattr(module, "fused_attn", False)  # noqa: B010 (a plain flag, which nn.Module's types do not know)
+            elif isinstance(dropout := getattr(module, "attn_drop", None), nn.Module):
+                if hasattr(module, "fused_attn"):
+                    undo.callback(setattr, module, "fused_attn", module.fused_attn)
+                    setattr(module, "fused_attn", False)  # noqa: B010 (a plain flag, which nn.Module's types do not know)
                 undo.callback(dropout.register_forward_hook(take).remove)
         yield caught

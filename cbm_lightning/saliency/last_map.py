@@ -52,13 +52,13 @@ def find_map(subject: Subject, image: Tensor, name: str | None = None) -> MapLay
 
     Args:
         subject: The model.
-        image: ``[1, C, H, W]`` an image to run it on.
+        image: ``[1, C, H, W]`` like those to come; noise of its shape is looked at, so that all images have one place.
         name: Name of a module in the backbone, to be used instead.
 
     Raises:
         ValueError: There is no such place; the message says what to do.
     """
-    modules = dict(subject.backbone.named_modules())
+    modules = dict(subject.backbone.named_modules(remove_duplicate=False))
     if name is not None and name not in modules:
         raise ValueError(f"layer: the backbone has no module {name!r}; it has {[m for m in modules if m][:20]}, ...")
     seen: list[tuple[nn.Module, int, Tensor]] = []
@@ -69,19 +69,27 @@ def find_map(subject: Subject, image: Tensor, name: str | None = None) -> MapLay
             seen.append((module, calls[module], output))
         calls[module] += 1
 
-    chosen = modules.values() if name is None else [modules[name]]
-    with ExitStack() as hooks, _eager():
-        for module in dict.fromkeys(chosen):
+    # of noise, for on a black image every unit may be silent and pass no slope on
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0)).to(image)
+    with ExitStack() as hooks, eager():
+        for module in dict.fromkeys(modules.values()):
             hooks.callback(module.register_forward_hook(keep).remove)
-        features = subject.features(image.detach().clone().requires_grad_())
+        features = subject.features(noise.requires_grad_())
         logits = subject.output(features).logits
-    width = None if features.tokens is None else features.tokens.shape[-1]
-    grids = _grids(features.grid, [output for *_, output in seen])
-    slopes = _slopes(logits, [output for *_, output in seen])
-    for (module, call, output), slope in zip(reversed(seen), reversed(slopes), strict=True):
-        layer = _as_layer(module, call, output, grids, width)
+    outputs = [output for *_, output in seen]
+    # a layer that was named may have any resolution
+    grids = _grids(features.grid if name is None else None, outputs, (image.shape[-2], image.shape[-1]))
+    found: list[MapLayer] = []
+    for (module, call, output), slope in zip(reversed(seen), reversed(_slopes(logits, outputs)), strict=True):
+        if name is not None and module is not modules[name]:
+            continue
+        layer = _as_layer(module, call, output, grids, features.tokens)
         if layer is not None and slope is not None and bool(layer.cells(slope).any()):
-            return layer
+            if _same(layer.cells(output), features.tokens):
+                return layer
+            found.append(layer)
+    if found:
+        return found[0]
     where = "the backbone" if name is None else f"layer {name!r}"
     raise ValueError(
         f"grad_cam: {where} has no feature map on which the concept scores depend; it needs a convolutional network or "
@@ -112,24 +120,32 @@ def graph_from(layer: MapLayer) -> Iterator[list[Tensor]]:
 
     handle = layer.module.register_forward_hook(cut)
     try:
-        with _eager(), torch.no_grad():
+        with eager(), torch.no_grad():
             yield found
     finally:
         handle.remove()
 
 
-def _eager() -> Any:
+def eager() -> Any:
     """Compiled modules would not see the hooks."""
     stance = getattr(torch.compiler, "set_stance", None)
     return ExitStack() if stance is None else stance("force_eager")
 
 
-def _grids(grid: tuple[int, ...] | None, outputs: list[Tensor]) -> list[Grid]:
-    """The grids that count: that of the tokens, or without tokens all that occur in maps, the latest first."""
-    if grid is not None:
+def _grids(grid: tuple[int, ...] | None, outputs: list[Tensor], size: Grid) -> list[Grid]:
+    """The grids that count: that of the tokens, or without tokens all that occur in maps, the latest first.
+
+    A map has the proportions of the image; what has not is something else, such as the keys of attention heads.
+    """
+    if grid is not None and max(grid) > 1:
         return [(grid[0], grid[1])] if len(grid) == 2 else []
-    maps = [(output.shape[2], output.shape[3]) for output in outputs if output.ndim == 4]
-    return list(dict.fromkeys(size for size in reversed(maps) if min(size) > 1))
+    found = []
+    for shape in (output.shape for output in reversed(outputs) if output.ndim == 4):
+        for h, w in ((shape[2], shape[3]), (shape[1], shape[2])):
+            if min(h, w) > 1 and h <= size[0] and w <= size[1] and abs(h - w * size[0] / size[1]) <= 1:
+                found.append((h, w))
+                break
+    return list(dict.fromkeys(found))
 
 
 def _slopes(logits: Tensor, outputs: list[Tensor]) -> list[Tensor | None]:
@@ -140,13 +156,22 @@ def _slopes(logits: Tensor, outputs: list[Tensor]) -> list[Tensor | None]:
     return list(torch.autograd.grad((logits * factors).sum(), outputs, allow_unused=True))
 
 
-def _as_layer(module: nn.Module, call: int, output: Tensor, grids: list[Grid], width: int | None) -> MapLayer | None:
+def _same(cells: Tensor, tokens: Tensor | None) -> bool:
+    """Whether a layer's output is what the backbone returns as tokens."""
+    return tokens is not None and cells.shape == tokens.shape and torch.equal(cells, tokens)
+
+
+def _as_layer(
+    module: nn.Module, call: int, output: Tensor, grids: list[Grid], tokens: Tensor | None
+) -> MapLayer | None:
     shape = output.shape
     if output.ndim == 4:
-        first, last = tuple(shape[2:]) in grids, tuple(shape[1:3]) in grids
-        if first and not (last and shape[3] == width):
-            return MapLayer(module, call, (shape[2], shape[3]))
-        return MapLayer(module, call, (shape[1], shape[2]), channels_last=True) if last else None
+        first = MapLayer(module, call, (shape[2], shape[3]))
+        last = MapLayer(module, call, (shape[1], shape[2]), channels_last=True)
+        fits = [layer for layer in (first, last) if layer.grid in grids]
+        if len(fits) == 2:
+            return last if _same(last.cells(output), tokens) else first
+        return fits[0] if fits else None
     # projections to queries, keys and values, or inside an MLP, are no states of the tokens
     if not isinstance(module, nn.Linear):
         for h, w in grids:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,8 @@ def concept_maps(
         >>> concept_maps(model, torch.randn(4, 3, 64, 64), "grad_cam").shape
         torch.Size([4, 2, 64, 64])
     """
+    if resolution not in get_args(Resolution):
+        raise ValueError(f"resolution: expected one of {get_args(Resolution)}, got {resolution!r}")
     subject = Subject(model)
     wanted = torch.tensor(subject.find(concepts), device=check_image(image).device)
     rows = torch.arange(len(image), device=image.device)
@@ -76,7 +78,8 @@ def attribute(subject: Subject, image: Tensor, method: str | SaliencyMethod, row
     check_image(image)
     with differentiable(subject.model):
         # tensors made in inference mode enter no graph, copies of them do
-        return made.attribute(subject, image.detach().clone(), rows.clone(), concepts.clone()).detach().float()
+        maps = made.attribute(subject, image.detach().clone(), rows.clone(), concepts.clone()).detach()
+    return maps.to(torch.promote_types(maps.dtype, torch.float32))
 
 
 @contextmanager
@@ -109,7 +112,7 @@ def class_maps(
         ``[B, h, w]``.
 
     Raises:
-        ValueError: Shapes do not fit, or ``top_k`` is out of range.
+        ValueError: Shapes do not fit, or a class or ``top_k`` is out of range.
 
     Example:
         >>> maps, weight = torch.rand(2, 3, 4, 4), torch.tensor([[1.0, 0.0, 0.0], [0.0, 2.0, -1.0]])
@@ -121,6 +124,10 @@ def class_maps(
             "maps, weight, classes: expected [B, K, h, w], [L, K] and [B], got "
             f"{list(maps.shape)}, {list(weight.shape)} and {list(classes.shape)}"
         )
+    if values is not None and values.shape != maps.shape[:2]:
+        raise ValueError(f"values: expected {list(maps.shape[:2])}, got {list(values.shape)}")
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < len(weight):
+        raise ValueError(f"classes: expected 0 to {len(weight) - 1}, got {classes.tolist()}")
     factors = weight[classes].to(maps)
     if top_k is not None:
         if not 1 <= top_k <= maps.shape[1]:

@@ -37,7 +37,7 @@ def visible_pairs(maps: Tensor, masks: Tensor, counted: Tensor | None = None, mo
         mode: How maps are brought to the size of the masks, see `upsample`.
 
     Raises:
-        ValueError: Maps and masks differ in images or concepts.
+        ValueError: Maps and masks differ in images or concepts, or ``counted`` does not fit.
 
     Example:
         >>> maps, masks = torch.rand(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)
@@ -54,6 +54,8 @@ def visible_pairs(maps: Tensor, masks: Tensor, counted: Tensor | None = None, mo
     shown = masks if masks.dtype == torch.bool else masks > 0.5
     wanted = shown.flatten(2).any(2)
     if counted is not None:
+        if counted.dtype != torch.bool or counted.shape != wanted.shape:
+            raise ValueError(f"counted: expected bool {list(wanted.shape)}, got {counted.dtype} {list(counted.shape)}")
         wanted = wanted & counted
     rows, concepts = wanted.nonzero(as_tuple=True)
     size = (masks.shape[-2], masks.shape[-1])
@@ -70,7 +72,7 @@ def upsample(maps: Tensor, size: tuple[int, int], mode: Upsampling = "bilinear")
     """
     if maps.shape[-2:] == size:
         return maps
-    flat = maps.reshape(-1, 1, *maps.shape[-2:]).float()
+    flat = maps.reshape(-1, 1, *maps.shape[-2:]).to(torch.promote_types(maps.dtype, torch.float32))
     exact = {} if mode == "nearest" else {"align_corners": False}
     if not len(flat):
         return flat.new_zeros(*maps.shape[:-2], *size)

@@ -86,6 +86,11 @@ class Subject:
                 f"{type(self.bottleneck).__name__} has no exact concept maps: its scores are not linear in the "
                 "pooled vector; use grad_cam, which needs no such thing"
             )
+        if maps.shape[-2:] == (1, 1):
+            raise NoExactMaps(
+                "exact maps would have a single cell, because the backbone returns a map that it has averaged already; "
+                "leave that pooling out, or use grad_cam"
+            )
         return maps
 
     def predict(self, batch: Batch) -> Prediction:
@@ -140,9 +145,11 @@ class Subject:
         """
         if concepts is None:
             return list(range(len(self.concepts)))
+        if isinstance(concepts, str) or not concepts:
+            raise ValueError(f"concepts: expected a list of names or positions, got {concepts!r}")
         found = [self.concepts.index(c) if isinstance(c, str) else c for c in concepts]
-        if wrong := [k for k in found if not 0 <= k < len(self.concepts)]:
-            raise ValueError(f"concepts: expected positions below {len(self.concepts)}, got {wrong}")
+        if wrong := [k for k in found if type(k) is not int or not 0 <= k < len(self.concepts)]:
+            raise ValueError(f"concepts: expected names, or positions below {len(self.concepts)}, got {wrong}")
         return found
 
 
@@ -152,7 +159,7 @@ def check_image(image: Any) -> Tensor:
     Raises:
         ValueError: It is not.
     """
-    if not isinstance(image, Tensor) or image.ndim != 4 or not torch.is_floating_point(image):
+    if not isinstance(image, Tensor) or image.ndim != 4 or not torch.is_floating_point(image) or not len(image):
         found = f"{list(image.shape)} of {image.dtype}" if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"image: expected float images [B, C, H, W] as the model reads them, got {found}")
+        raise ValueError(f"image: expected one float image [B, C, H, W] or more, as the model reads them, got {found}")
     return image

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cbm_lightning.saliency.attention import attention_weights
+from cbm_lightning.saliency.last_map import eager
 from cbm_lightning.saliency.methods.base import SaliencyMethod
 from cbm_lightning.saliency.subject import Subject
 
@@ -45,12 +49,25 @@ class AttentionRollout(SaliencyMethod):
             rolled = mixed / mixed.sum(-1, keepdim=True) @ rolled
         prefix = total - count
         # without a class token every patch reaches the pooled vector
-        averaged = prefix == 0 or _is_mean(features.pooled, tokens)
-        reach = rolled[:, prefix:].mean(1) if averaged else rolled[:, 0]
+        reach = rolled[:, _read(subject, image[:1], total)].mean(1)
         maps: Tensor = reach[:, prefix:].unflatten(1, grid)[rows]
         return maps
 
 
-def _is_mean(pooled: Tensor, tokens: Tensor) -> bool:
-    mean = tokens.mean(1)
-    return mean.shape == pooled.shape and torch.allclose(mean, pooled, rtol=1e-2, atol=1e-3)
+def _read(subject: Subject, image: Tensor, total: int) -> Tensor:
+    """``[total]`` bool, the tokens of the last layer that the pooled vector depends on."""
+    outputs: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        if isinstance(first, Tensor) and first.ndim == 3 and first.shape[1] == total:
+            outputs.append(first)
+
+    with ExitStack() as hooks, eager():
+        for module in subject.backbone.modules():
+            if hasattr(module, "attn_drop") or isinstance(module, nn.MultiheadAttention):
+                hooks.callback(module.register_forward_hook(keep).remove)
+        pooled = subject.features(image.clone().requires_grad_()).pooled
+    factors = torch.linspace(1.0, 2.0, pooled.shape[1]).to(pooled)
+    (slope,) = torch.autograd.grad((pooled * factors).sum(), outputs[-1])
+    return slope.abs().amax(2)[0] > 0

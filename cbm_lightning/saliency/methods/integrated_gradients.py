@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -40,6 +40,8 @@ class IntegratedGradients(PixelAttribution):
     ) -> None:
         super().__init__(channels, batch_size)
         check_at_least(1, n_steps=n_steps)
+        if quadrature not in get_args(Quadrature):
+            raise ValueError(f"quadrature: expected one of {get_args(Quadrature)}, got {quadrature!r}")
         self.n_steps = n_steps
         self.baseline = baseline
         self.quadrature = quadrature

@@ -45,7 +45,8 @@ class PixelAttribution(SaliencyMethod):
 
     def attribute(self, subject: Subject, image: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
         """Maps in the resolution of the image."""
-        explain = self.explainer(subject.logits)
+        # captum's noise is in single precision
+        explain = self.explainer(lambda pixels: subject.logits(pixels.to(image.dtype)))
         maps = [image.new_zeros(0, *image.shape[-2:])]
         for some, wanted in zip(rows.split(self.batch_size), concepts.split(self.batch_size), strict=True):
             pixels = image[some].detach().requires_grad_()

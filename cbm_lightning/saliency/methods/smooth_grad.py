@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,9 +12,14 @@ from cbm_lightning.saliency.methods.base import SaliencyMethod
 from cbm_lightning.saliency.methods.pixels import PixelAttribution, check_at_least
 from cbm_lightning.saliency.subject import Subject
 
+Kind = Literal["smoothgrad", "smoothgrad_sq", "vargrad"]
+
 
 class SmoothGrad(PixelAttribution):
     """The mean of an attribution over images with Gaussian noise (Smilkov et al. 2017), by captum.
+
+    The noise is drawn for each pair of an image and a concept in turn: the same call gives the same maps, but a map
+    depends on what else is asked for.
 
     Args:
         method: What is averaged: ``"gradient"``, ``"input_x_gradient"``, ``"integrated_gradients"``, or one with
@@ -36,7 +41,7 @@ class SmoothGrad(PixelAttribution):
         method: str | PixelAttribution = "gradient",
         samples: int = 25,
         std: float = 0.2,
-        kind: Literal["smoothgrad", "smoothgrad_sq", "vargrad"] = "smoothgrad",
+        kind: Kind = "smoothgrad",
         seed: int = 0,
     ) -> None:
         inner = SaliencyMethod.make(method)
@@ -44,9 +49,11 @@ class SmoothGrad(PixelAttribution):
             raise ValueError(f"method: SmoothGrad averages attributions to pixels, not {type(inner).__name__}")
         super().__init__(inner.channels, inner.batch_size)
         check_at_least(1, samples=samples)
+        if kind not in get_args(Kind):
+            raise ValueError(f"kind: expected one of {get_args(Kind)}, got {kind!r}")
         if not std > 0:
             raise ValueError(f"std: expected a positive number, got {std}")
-        self.inner, self.samples, self.std, self.kind, self.seed = inner, samples, std, kind, seed
+        self.inner, self.samples, self.std, self.kind, self.seed = inner, samples, float(std), kind, seed
 
     def explainer(self, forward: Callable[[Tensor], Tensor]) -> Any:
         """Captum's ``NoiseTunnel`` around the explainer of the method."""
