@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 Batch = dict[str, Any]
 """One batch: ``image [B,C,H,W]`` (or ``embedding [B,D]``, ``tokens [B,N,D]``), ``concepts [B,K]`` with NaN where not
-annotated, ``label [B]``, optional ``concept_masks [B,K,H,W]``, ``certainty [B,K]``, ``group [B]``, ``index [B]``."""
+annotated, ``label [B]``, optional ``concept_masks [B,K,H,W]`` (or ``concept_boxes [B,K,4]``, ``concept_points
+[B,K,2]``), ``certainty [B,K]``, ``group [B]``, ``index [B]``."""
 
 
 class FeatureDims(NamedTuple):

@@ -65,8 +65,8 @@ def read_evidence(batch: Batch, num_concepts: int) -> Evidence:
         _check("concept_points", points, (count, num_concepts, 2))
         points = points.float()
         low, high = points.new_zeros(2), points.new_tensor([width, height])
-        # half a pixel beyond the centres of the first and the last one
-        outside = ((points < low - 0.5) | (points > high - 0.5)).any(2, keepdim=True)
+        # the centre of the first pixel is 0, so its edge is half a pixel before that
+        outside = ((points < low - 0.5) | (points >= high - 0.5)).any(2, keepdim=True)
         points = points.masked_fill(outside, torch.nan)
     return Evidence(masks, points)
 

@@ -76,6 +76,8 @@ def attribute(subject: Subject, image: Tensor, method: str | SaliencyMethod, row
     """
     made = SaliencyMethod.make(method)
     check_image(image)
+    if not len(rows):
+        return torch.zeros(0, *image.shape[-2:], device=image.device)
     with differentiable(subject.model):
         # tensors made in inference mode enter no graph, copies of them do
         maps = made.attribute(subject, image.detach().clone(), rows.clone(), concepts.clone()).detach()

@@ -118,11 +118,28 @@ def by_randomisation(metric: Metric, seen: Seen) -> None:
 
 def by_location(metric: Metric, seen: Seen) -> None:
     """Maps of the most important concepts against their points."""
-    assert seen.points is not None  # a need of the measure
-    maps = seen.maps.new_full((*seen.probs.shape, *seen.maps.shape[1:]), torch.nan)
-    points = seen.maps.new_full((*seen.probs.shape, 2), torch.nan)
-    maps[seen.rows, seen.concepts], points[seen.rows, seen.concepts] = seen.maps, seen.points
-    metric.update(maps, points, seen.importance, seen.annotations)
+    assert isinstance(metric, ConceptLocation)
+    assert seen.points is not None
+    assert seen.importance is not None
+    assert seen.annotations is not None
+    pairs = (seen.rows, seen.concepts)
+    importance, present = seen.importance[pairs], seen.annotations[pairs]
+    varied = seen.maps.flatten(1).amax(1) > seen.maps.flatten(1).amin(1)
+    usable = (varied & (present >= 0.5) & ~seen.points.isnan().any(1)).nonzero()[:, 0]
+    # the most important first within each image; maps of the others need not be laid out
+    order = usable[importance[usable].argsort(descending=True, stable=True)]
+    order = order[seen.rows[order].argsort(stable=True)]
+    rows = seen.rows[order]
+    place = torch.arange(len(order), device=rows.device) - torch.searchsorted(rows, rows)
+    order, rows, place = (x[place < metric.top] for x in (order, rows, place))
+
+    def laid_out(values: Tensor) -> Tensor:
+        table = values.new_full((len(seen.image), metric.top, *values.shape[1:]), torch.nan)
+        table[rows, place] = values[order]
+        return table
+
+    # a place without a pair has no point
+    metric.update(laid_out(seen.maps), laid_out(seen.points), laid_out(importance).nan_to_num(), laid_out(present))
 
 
 def by_existence(metric: Metric, seen: Seen) -> None:

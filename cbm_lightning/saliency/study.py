@@ -79,8 +79,8 @@ class SaliencyResult:
 class SaliencyStudy:
     """Makes the maps of concepts that images show, and measures them; no Trainer is needed.
 
-    A pair of an image and a concept counts if the batch's masks, boxes or points show the concept; in a batch without
-    them, if the annotation (or, without one, the model) says that it is there.
+    A pair of an image and a concept counts if the batch's masks, boxes or points show the concept and the annotation
+    does not deny it; in a batch without them, if the annotation (or, without one, the model) says that it is there.
 
     Args:
         model: A `CBMModule`, or what has the members of `Localisable`.
@@ -129,6 +129,7 @@ class SaliencyStudy:
         self.concepts = self.subject.find(concepts)
         self.counted, self.images_at_once, self.seed = counted, images_at_once, seed
         self._sizes = (len(self.subject.concepts), int(getattr(model, "num_classes", 2)))
+        self._real = self.subject.concepts.is_real()
         # the default depends on what batches bring
         self._default = metrics is None
         self.metrics = make_metrics(metrics or (), *self._sizes)
@@ -157,7 +158,7 @@ class SaliencyStudy:
         known = {
             "masks": evidence.masks,
             "points": evidence.points,
-            "annotations": batch.get("concepts"),
+            "annotations": self._annotations(batch),
             "labels": batch.get("label"),
             "probs": prediction.concepts.probs.float(),
             "classes": self.subject.classes(prediction),
@@ -212,6 +213,11 @@ class SaliencyStudy:
             for metric in self.metrics.values():
                 metric.to(device)
 
+    def _annotations(self, batch: Batch) -> Tensor | None:
+        """``[B, K]`` float annotations; NaN for real-valued concepts, which are neither there nor not."""
+        found: Tensor | None = batch.get("concepts")
+        return None if found is None else found.float().masked_fill(self._real.to(found.device), torch.nan)
+
     def _measurable(self, known: Mapping[str, Tensor | None], batch: Batch) -> dict[str, Metric]:
         """The metrics whose needs are met: all that were asked for, or an error; of the default what there is."""
         found = {}
@@ -231,6 +237,9 @@ class SaliencyStudy:
         predicted = probs >= 0.5
         if shown is None:
             shown = predicted if annotations is None else annotations >= 0.5
+        elif annotations is not None:
+            # the part may be there without the concept; NaN is not below one half
+            shown = shown & ~(annotations < 0.5)
         chosen = torch.zeros_like(shown)
         chosen[:, self.concepts] = True
         return shown & chosen & (predicted if self.counted == "predicted" else chosen)
