@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cbm_lightning.callbacks.evaluation import NamedEvaluation, Stage
@@ -18,6 +19,7 @@ from cbm_lightning.callbacks.saliency_figure import Panel, draw_saliency
 from cbm_lightning.callbacks.saliency_panels import panels
 from cbm_lightning.saliency import SaliencyMethod
 from cbm_lightning.saliency.co_occurrence import CoOccurrence, cooccurrence
+from cbm_lightning.saliency.maps import attribute
 from cbm_lightning.saliency.study import Counted, SaliencyResult, SaliencyStudy
 from cbm_lightning.types import Batch, Prediction
 
@@ -43,7 +45,7 @@ class ConceptSaliency(NamedEvaluation):
         concepts: Which concepts the picture shows: the names, or how many of those that weigh most in each prediction.
         metrics: Short names, or short name to options, see `saliency.SaliencyStudy`; the default fits the batches.
         max_samples: Samples that are measured, which bounds the cost.
-        max_images: Samples in the picture, at most ``max_samples``.
+        max_images: Samples in the picture, of those that are measured; 0 draws none.
         stages: Where to run: ``"val"``, ``"test"`` or both.
         counted: Measure maps where the concept is ``"present"``, or where it is also ``"predicted"``.
         images_at_once: Images whose maps are in memory at a time.
@@ -78,13 +80,15 @@ class ConceptSaliency(NamedEvaluation):
         name: str = "saliency",
     ) -> None:
         super().__init__(stages, name, every_n_epochs)
+        if isinstance(concepts, str):
+            raise ValueError(f"concepts: expected a list of names or a number, got {concepts!r}")
         shown = concepts if isinstance(concepts, int) else len(concepts)
         given = {"concepts": shown, "max_samples": max_samples, "images_at_once": images_at_once}
         for field, value in given.items():
             if value < 1:
                 raise ValueError(f"{field}: expected at least 1, got {value}")
-        if not 0 <= max_images <= max_samples:
-            raise ValueError(f"max_images: expected 0 to max_samples ({max_samples}), got {max_images}")
+        if max_images < 0:
+            raise ValueError(f"max_images: expected at least 0, got {max_images}")
         self.method = SaliencyMethod.make(method)
         self.concepts = concepts if isinstance(concepts, int) else list(concepts)
         self.metrics, self.counted = metrics, counted
@@ -100,6 +104,11 @@ class ConceptSaliency(NamedEvaluation):
         """Check every option against the model, and the name against other evaluations, before anything runs."""
         self.refuse_namesakes(trainer)
         self._new_study(pl_module)
+        if not hasattr(pl_module, "read_batch"):
+            raise TypeError(
+                f"{type(pl_module).__name__} has no read_batch, which makes a dict with the image of a batch: use "
+                "CBMModule, or give it that method beside the members of `saliency.Localisable`"
+            )
         self.co_occurrence = None
 
     def begin(self, trainer: Trainer, pl_module: LightningModule, stage: Stage, loaders: Any) -> None:
@@ -109,9 +118,10 @@ class ConceptSaliency(NamedEvaluation):
             return
         self._positions = Positions(flatten(loaders)[0], trainer.world_size, trainer.global_rank)
         self._study = self._new_study(pl_module)
-        annotated = getattr(getattr(trainer, "datamodule", None), "annotations", None)
-        if self.co_occurrence is None and annotated is not None and not trainer.sanity_checking:
-            self._report(pl_module, *annotated("train"))
+        if self.co_occurrence is None and not trainer.sanity_checking:
+            found = training_annotations(getattr(trainer, "datamodule", None))
+            if found is not None:
+                self._report(pl_module, *found)
 
     def take(
         self, trainer: Trainer, pl_module: LightningModule, stage: Stage, outputs: Any, batch: Any, dataloader_idx: int
@@ -132,10 +142,14 @@ class ConceptSaliency(NamedEvaluation):
             return
         content = {name: rows_of(value, size, wanted) for name, value in content.items()}
         # metrics that were updated in inference mode could not be reset outside it
-        with torch.inference_mode(False), torch.no_grad():
+        with isolate_rng(), torch.inference_mode(False), torch.no_grad():
             prediction = predict(trainer, module, content)
             self._study.update(content, prediction)
-            if trainer.is_global_zero and not trainer.sanity_checking:
+            if trainer.sanity_checking:
+                # whatever the first image shows, a method that does not suit the model is to fail now
+                none = torch.zeros(1, dtype=torch.int64, device=pl_module.device)
+                attribute(self._study.subject, content["image"][:1], self.method, none, none)
+            elif trainer.is_global_zero:
                 self._show(pl_module, content, prediction)
 
     def finish(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
@@ -176,7 +190,7 @@ class ConceptSaliency(NamedEvaluation):
         """Add a row of panels for each image, as far as some are missing."""
         missing = slice(0, self.max_images - len(self._rows))
         size = len(content["image"])
-        if self._study is None or missing.stop <= 0:
+        if self._study is None or missing.stop <= 0 or content["image"].shape[1] not in (1, 3):
             return
         image_stats = getattr(getattr(pl_module, "backbone", None), "image_stats", None)
         images = displayable(content["image"][missing], image_stats() if image_stats else None)
@@ -197,6 +211,21 @@ class ConceptSaliency(NamedEvaluation):
             return table
         partners = self.co_occurrence.table().set_index("concept")["inseparable_from"]
         return table.assign(inseparable_from=table["concept"].map(partners))
+
+
+def training_annotations(data: Any) -> tuple[Tensor, Tensor] | None:
+    """``[N, K]`` concepts and labels of the training split from a datamodule that knows them, else None."""
+    if not hasattr(data, "annotations"):
+        return None
+    for prepare in (lambda: None, lambda: data.setup("fit")):
+        # a test alone has not set up the training split, and drawing it would be in vain where nobody asks for it
+        prepare()
+        try:
+            found: tuple[Tensor, Tensor] = data.annotations("train")
+        except KeyError:
+            continue
+        return found
+    return None
 
 
 def _with_label(batch: Batch) -> Tensor:

@@ -81,7 +81,8 @@ def _draw(axes: Axes, image: Tensor, panel: Panel) -> None:
     else:
         grey = pixels.mean(-1)
         axes.imshow(grey, cmap="gray", vmin=0, vmax=255)
-        heat = panel.map.clamp(min=0)
+        # the map of a model that diverged shows nothing
+        heat = panel.map.nan_to_num(0.0, 0.0, 0.0).clamp(min=0)
         heat = heat / heat.max().clamp(min=1e-12)
         # the image shows through where little is found
         axes.imshow(heat.numpy(), cmap=COLOURS, vmin=0, vmax=1, alpha=(0.9 * heat.sqrt()).numpy())
@@ -90,4 +91,5 @@ def _draw(axes: Axes, image: Tensor, panel: Panel) -> None:
     if panel.point is not None and not bool(panel.point.isnan().any()):
         axes.plot(*panel.point.tolist(), marker="+", color=OUTLINE, ms=7)
     colour = UNKNOWN if panel.right is None else RIGHT if panel.right else WRONG
-    axes.set_title(f"{shorten(panel.name)}\n{panel.note}", size=7, color=colour, pad=3, linespacing=1.2)
+    title = f"{shorten(panel.name)}\n{panel.note}"
+    axes.set_title(title, size=7, color=colour, pad=3, linespacing=1.2, parse_math=False)

@@ -40,13 +40,16 @@ def panels(
     maps = upsample(raw, size).cpu()
     evidence = read_evidence(batch, len(subject.concepts))
     annotations = batch.get("concepts")
+    real = subject.concepts.is_real().tolist()
     found = _classes(subject, batch, prediction, maps if isinstance(concepts, int) else None, chosen)
     for b, row in enumerate(chosen.tolist()):
         for place, k in enumerate(row):
-            truth = None if annotations is None or bool(annotations[b, k].isnan()) else bool(annotations[b, k] >= 0.5)
+            known = annotations is not None and not real[k] and not bool(annotations[b, k].isnan())
+            truth = bool(annotations[b, k] >= 0.5) if annotations is not None and known else None
+            value = f"{probs[b, k]:.3g}" if real[k] else f"{probs[b, k]:.0%}"
             panel = Panel(
                 subject.concepts.names[k],
-                f"{probs[b, k]:.0%}" + ("" if truth is None else ", present" if truth else ", absent"),
+                value + ("" if truth is None else ", present" if truth else ", absent"),
                 None if truth is None else bool(probs[b, k] >= 0.5) == truth,
                 maps[b, place],
                 None if evidence.masks is None else evidence.masks[b, k].cpu(),

@@ -65,13 +65,14 @@ class Named(Configurable):
         return made
 
 
-def find(field: str, name: str, registry: Mapping[str, T]) -> T:
+def find(field: str, name: str, registry: Mapping[str, T], own: str = " A class path names one of your own") -> T:
     """What a short name stands for.
 
     Args:
         field: The argument that the name was given for.
         name: The name.
         registry: What there is.
+        own: How to come by something else, for the message.
 
     Raises:
         ValueError: Nothing has that name; the message lists near matches, or all names where none is near.
@@ -80,7 +81,7 @@ def find(field: str, name: str, registry: Mapping[str, T]) -> T:
         return registry[name]
     near = difflib.get_close_matches(name, registry, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {sorted(registry)}."
-    raise ValueError(f"{field}: nothing is called {name!r}; {hint} A class path names one of your own")
+    raise ValueError(f"{field}: nothing is called {name!r}; {hint}{own}")
 
 
 def register(name: str, cls: type[T], registry: dict[str, type[T]]) -> None:

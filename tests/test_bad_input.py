@@ -258,6 +258,54 @@ def test_interventions_where_nothing_is_annotated(folder: Path, refuse: Callable
     refuse(["test", *arguments, *quiet], ValueError, message)
 
 
+BIRDS = ["RenderedBirds", *(f"num_{split}=6" for split in ("train", "val", "test")), "size=32", "masks=true"]
+LOCATE = [*FIT, *TIMM, f"--data={BIRDS[0]}", *(f"--data.{option}" for option in BIRDS[1:])]
+LOCATE += ["--trainer.callbacks+=ConceptSaliency"]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("method=gradcam", r"method: nothing is called 'gradcam'; did you mean 'grad_cam'\?"),
+        ("metrics=[energy]", r"metrics: nothing is called 'energy'; did you mean 'energy_in_mask'\?"),
+        ('metrics={"pointing_game":{"tol":1}}', "metrics: pointing_game takes no {'tol': 1}"),
+        ('metrics={"iou_at_mass":{"mass":2}}', r"iou_at_mass .* mass: expected a share in \(0, 1\], got 2"),
+        ("metrics=[keypoint_distance]", "keypoint_distance needs concept_points in the batch; CBMModule and a batch of .*image"),
+        ('concepts=["crest: presentt"]', r"no concept is called 'crest: presentt'; did you mean \['crest: present'"),
+        ("max_images=-1", "max_images: expected at least 0, got -1"),
+        ("method=attention_rollout", "attention_rollout needs a vision transformer .* use grad_cam"),
+    ],
+)
+def test_saliency_that_does_not_fit(option: str, message: str, refuse: Callable[..., None]) -> None:
+    refuse([*LOCATE, f"--trainer.callbacks.{option}"], ValueError, message)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("stages=[train]", "Expected a typing.Literal['val', 'test']. Got value: train"),
+        ("counted=both", "Expected a typing.Literal['present', 'predicted']. Got value: both"),
+        (
+            'method={"class_path":"torch.nn.Identity"}',
+            "Import path torch.nn.Identity does not correspond to a subclass of SaliencyMethod",
+        ),
+    ],
+)
+def test_saliency_of_another_type(
+    option: str, message: str, refuse: Callable[..., None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse([*LOCATE, f"--trainer.callbacks.{option}"], SystemExit, "2")
+    assert message in capsys.readouterr().err
+
+
+def test_saliency_of_features_without_images(folder: Path, refuse: Callable[..., None]) -> None:
+    rows = {"embedding": np.ones((20, 3), np.float32), "label": np.arange(20) % 2, "concepts": np.ones((20, 2))}
+    np.savez(folder / "rows.npz", **rows)
+    data = ["--data=PrecomputedFeatures", f"--data.path={folder / 'rows.npz'}", "--model=CBMModule"]
+    message = r"image: .*\['concepts', 'embedding', .*'label'\]"
+    refuse([*FIT, *data, "--model.backbone=identity", "--trainer.callbacks+=ConceptSaliency"], ValueError, message)
+
+
 def test_numbers_that_compare_with_nothing() -> None:
     with pytest.raises(ValueError, match=r"label: expected values from 0 to 1 \(2 classes\), got nan to nan"):
         check_labels(torch.tensor([1.0, torch.nan]), 2, "binary")

@@ -13,7 +13,10 @@ import yaml
 from cub_tree import write_miniature_cub_tree
 from PIL import Image
 
+from cbm_lightning.callbacks import ConceptSaliency
 from cbm_lightning.cli import main
+from cbm_lightning.data import RenderedBirds
+from cbm_lightning.saliency import cooccurrence
 
 SHORT = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"]
 SHORT += ["--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"]
@@ -59,7 +62,7 @@ def small_data(recipe: str, folder: Path) -> list[str]:
 
 
 def test_fragments_are_told_from_systems() -> None:
-    assert FRAGMENTS == ["intervene"]
+    assert FRAGMENTS == ["intervene", "saliency"]
     assert "quickstart" in RECIPES
 
 
@@ -101,3 +104,37 @@ def test_weights_that_nobody_trained_are_warned_of(tmp_path: Path) -> None:
     test = ["test", "--config", "quickstart", "--config", "intervene", *small_data("quickstart", tmp_path), *SHORT[3:]]
     with pytest.warns(UserWarning, match="cbm test without --ckpt_path judges the weights that the model starts with"):
         main([*test, '--trainer.callbacks.policies=["ucp"]'])
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_concept_maps_are_added_to_the_test_of_a_recipe(tmp_path: Path) -> None:
+    data = [*small_data("quickstart", tmp_path), "--data.masks=true"]
+    cli = main(["fit", "--config", "quickstart", *data, "--trainer.max_epochs=1", *SHORT])
+    best = cli.trainer.checkpoint_callback.best_model_path
+    assert not [name for name in cli.trainer.callback_metrics if "saliency" in name]
+    test = ["test", "--config", "quickstart", "--config", "saliency", *data, *SHORT[3:], f"--ckpt_path={best}"]
+    found = main(test).trainer
+    metrics = found.callback_metrics
+    assert 0 <= metrics["test/saliency/energy_in_mask"] <= 1
+    # the 2x2 grid of the quickstart spreads whatever it knows of a part over a quarter of the image
+    assert 0.005 < metrics["test/saliency/energy_in_mask_chance"] < 0.05
+    media = Path(found.log_dir) / "media" / "test" / "saliency"
+    assert {path.suffix for path in media.iterdir()} == {".csv", ".png"}
+    assert found.checkpoint_callback.monitor == "val/loss"
+
+
+def test_locality_comes_with_its_counterpart(tmp_path: Path) -> None:
+    tied = RenderedBirds(**SHIPPED["locality"]["data"]["init_args"])
+    concepts, labels = tied.annotations("train")
+    names = tied.concept_set.names
+    groups = [[names[k] for k in group] for group in cooccurrence(concepts, tied.concept_set, labels).groups]
+    pairs = [["beak: hooked", "tail: forked"], ["beak: long", "tail: long"], ["beak: thick", "tail: fan"]]
+    assert sorted(groups) == pairs
+
+    data = [*small_data("locality", tmp_path), "--data.group_correlation=0"]
+    trainer = main(["fit", "--config", "locality", *data, "--trainer.max_epochs=2", *SHORT]).trainer
+    saliency = next(c for c in trainer.callbacks if isinstance(c, ConceptSaliency))
+    assert saliency.co_occurrence.groups == []
+    assert trainer.lightning_module.backbone.dims.grid == (16, 16)
+    assert 0 <= trainer.callback_metrics["test/saliency/pointing_game"] <= 1
+    assert [path.suffix for path in (Path(trainer.log_dir) / "media" / "test" / "saliency").glob("figure*")] == [".png"]

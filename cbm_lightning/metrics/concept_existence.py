@@ -57,9 +57,10 @@ class ConceptExistence(Metric):
         """
         found = concept_existence(importance, present, self.top)
         kept = images_that_count(found, counted)
-        self.total += found[kept].sum()
-        self.density += concept_density(present)[kept].sum()
-        self.images += kept.sum()
+        # not in place: a state that was made in inference mode could not be changed outside it
+        self.total = self.total + found[kept].sum()
+        self.density = self.density + concept_density(present)[kept].sum()
+        self.images = self.images + kept.sum()
 
     def compute(self) -> Tensor:
         """The share in [0, 1], NaN where nothing was annotated."""

@@ -83,12 +83,13 @@ class ConceptGlobalImportance(ConceptMetric):
             if not bool(numbers.isfinite().all()):
                 raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
         right = labels == predictions
-        self.present.index_add_(0, labels, ((concepts >= 0.5) & known).to(self.present.dtype))
-        self.annotated.index_add_(0, labels, known.to(self.annotated.dtype))
-        self.score.index_add_(0, labels[right], scores[right].detach().to(self.score.dtype))
-        self.correct.index_add_(0, labels, right.to(self.correct.dtype))
-        self.weight += weight.detach().to(self.weight.dtype) * len(scores)
-        self.samples += len(scores)
+        # not in place: a state that was made in inference mode could not be changed outside it
+        self.present = self.present.index_add(0, labels, ((concepts >= 0.5) & known).to(self.present.dtype))
+        self.annotated = self.annotated.index_add(0, labels, known.to(self.annotated.dtype))
+        self.score = self.score.index_add(0, labels[right], scores[right].detach().to(self.score.dtype))
+        self.correct = self.correct.index_add(0, labels, right.to(self.correct.dtype))
+        self.weight = self.weight + weight.detach().to(self.weight.dtype) * len(scores)
+        self.samples = self.samples + len(scores)
 
     def compute(self) -> dict[str, Tensor]:
         """``cgim1`` to ``cgim3`` in [-1, 1], each the mean over the concepts for which it is defined, NaN if none."""

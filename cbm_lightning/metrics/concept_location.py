@@ -75,8 +75,9 @@ class ConceptLocation(Metric):
         """
         found = concept_location(maps, points, importance, present, self.top, self.alpha, self.parts, size, self.mode)
         kept = images_that_count(found, counted)
-        self.total += found[kept].sum()
-        self.images += kept.sum()
+        # not in place: a state that was made in inference mode could not be changed outside it
+        self.total = self.total + found[kept].sum()
+        self.images = self.images + kept.sum()
 
     def compute(self) -> Tensor:
         """The share in [0, 1], NaN where no present concept had a point and a map."""

@@ -199,10 +199,12 @@ def make_metrics(
     Raises:
         ValueError: A name is unknown (near matches are listed), or an option is unknown or out of range.
     """
+    if isinstance(wanted, str):
+        raise ValueError(f"metrics: expected a list of names, got {wanted!r}")
     options = dict(wanted) if isinstance(wanted, Mapping) else dict.fromkeys(wanted)
     made = {}
     for name, given in options.items():
-        measure = find("metrics", name, MEASURES)
+        measure = find("metrics", name, MEASURES, own="")
         try:
             made[name] = measure.make(num_concepts, num_classes, **(given or {}))
         except (TypeError, ValueError) as error:

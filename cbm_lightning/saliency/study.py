@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -145,7 +146,9 @@ class SaliencyStudy:
         Raises:
             ValueError: The batch lacks what a metric needs, or the model what the method needs.
         """
-        image = check_image(batch.get("image"))
+        if "image" not in batch:
+            raise ValueError(f"image: concepts are localised in images, and the batch has only {sorted(batch)}")
+        image = check_image(batch["image"])
         evidence = read_evidence(batch, self._sizes[0])
         if self._default:
             given = {"masks": evidence.masks, "points": evidence.points}
@@ -186,7 +189,10 @@ class SaliencyStudy:
                 each[name], each_chance[name] = found.per_concept.cpu(), found.chance_per_concept.cpu()
                 counts[name] = found.counts.cpu()
                 continue
-            value, level = metric.compute(), metric.chance()
+            with warnings.catch_warnings():
+                # a process that saw no batch has its part in the sum all the same
+                warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
+                value, level = metric.compute(), metric.chance()
             several = value if isinstance(value, dict) else {name: value}
             values |= {key: one.cpu() for key, one in several.items()}
             chance |= {key: (level[key] if isinstance(level, dict) else level).cpu() for key in several}
@@ -205,13 +211,15 @@ class SaliencyStudy:
 
     def _agree(self) -> None:
         """Have the same metrics as all other processes, of which one may have seen no batch."""
-        if self._default and torch.distributed.is_available() and torch.distributed.is_initialized():
-            device = next(self.subject.backbone.parameters(), torch.empty(0)).device
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        device = next(self.subject.backbone.parameters(), torch.empty(0)).device
+        if self._default:
             here = torch.tensor([float(name in self.metrics) for name in MEASURES], device=device)
             torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
             self._add([name for name, wanted in zip(MEASURES, here.tolist(), strict=True) if wanted])
-            for metric in self.metrics.values():
-                metric.to(device)
+        for metric in self.metrics.values():
+            metric.to(device)
 
     def _annotations(self, batch: Batch) -> Tensor | None:
         """``[B, K]`` float annotations; NaN for real-valued concepts, which are neither there nor not."""
@@ -227,7 +235,10 @@ class SaliencyStudy:
                 found[name] = metric
             elif not self._default:
                 needed = " and ".join(NEEDS[need] for need in missing)
-                raise ValueError(f"metrics: {name} needs {needed}; the batch has {sorted(batch)}")
+                raise ValueError(
+                    f"metrics: {name} needs {needed}; {type(self.subject.model).__name__} and a batch of "
+                    f"{sorted(batch)} do not bring that"
+                )
         return found
 
     def _wanted(self, known: Mapping[str, Tensor | None], shown: Tensor | None) -> Tensor:

@@ -164,7 +164,7 @@ def test_batches_with_and_without_masks() -> None:
     ("metric", "where", "changes", "needed"),
     [
         ("energy_in_mask", "points", {}, "energy_in_mask needs concept_masks or concept_boxes in the batch"),
-        ("keypoint_distance", "masks", {}, "keypoint_distance needs concept_points in the batch; the batch has "),
+        ("keypoint_distance", "masks", {}, "keypoint_distance needs concept_points in the batch; CBMModule and a batch of "),
         ("concept_existence", "masks", {"concepts": None}, "concept_existence needs annotated concepts in the batch"),
         ("concept_importance", "masks", {"label": None}, "concept_importance needs labels in the batch"),
         ("concept_location", "", {"concepts": None}, "needs concept_points in the batch and annotated concepts"),
@@ -214,6 +214,8 @@ def test_maps_are_made_only_where_a_concept_is_to_be_seen() -> None:
     batch["concept_points"][0] = torch.nan
     assert pairs_of(batch) == where(present & (torch.arange(6) > 0)[:, None])
     assert pairs_of(batch, concepts=["blue", 0]) == {pair for pair in pairs_of(batch) if pair[1] != 1}
+    batch["concepts"][1], batch["concepts"][2] = torch.nan, 0.0
+    assert pairs_of(batch) == where(present & ~torch.tensor([1, 0, 1, 0, 0, 0]).bool()[:, None]), "unknown, and denied"
 
 
 def test_without_masks_the_annotation_says_what_is_there_and_else_the_model() -> None:
