@@ -9,6 +9,9 @@ from cbm_lightning.saliency.last_map import find_map, graph_from
 from cbm_lightning.saliency.methods.base import SaliencyMethod
 from cbm_lightning.saliency.subject import Subject
 
+# their channel weights are in memory together
+_CONCEPTS_AT_ONCE = 64
+
 
 class GradCAM(SaliencyMethod):
     """The last feature map, its channels weighted by the mean slope of the concept score (Selvaraju et al. 2017).
@@ -41,11 +44,14 @@ class GradCAM(SaliencyMethod):
                 raise RuntimeError("grad_cam: the backbone ran another way than before, and never reached its last map")
             with torch.enable_grad():
                 logits = subject.output(features).logits
-        cells = place.cells(found[0].detach())
-        maps = cells.new_zeros(len(rows), *place.grid)
-        for k in concepts.unique().tolist():
-            (slope,) = torch.autograd.grad(logits[:, k].sum(), found[0], retain_graph=True)
-            pairs = (concepts == k).nonzero()[:, 0]
-            channels = place.cells(slope).mean(1)[rows[pairs]]
-            maps[pairs] = torch.einsum("pnd,pd->pn", cells[rows[pairs]], channels).unflatten(1, place.grid)
+        cells = place.cells(found[0].detach()).transpose(1, 2)  # [B, D, N]
+        wanted, position = concepts.unique(return_inverse=True)
+        every = []
+        for some in wanted.split(_CONCEPTS_AT_ONCE):
+            channels = [
+                place.cells(torch.autograd.grad(logits[:, k].sum(), found[0], retain_graph=True)[0]).mean(1)
+                for k in some.tolist()
+            ]
+            every.append(torch.stack(channels, 1) @ cells)
+        maps: Tensor = torch.cat(every, 1)[rows, position].unflatten(1, place.grid)
         return maps.relu() if self.relu else maps
