@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from cbm_lightning.callbacks.passes import Positions, flatten, gather_rows, pred
 from cbm_lightning.callbacks.prediction_table import displayable
 from cbm_lightning.callbacks.saliency_figure import Panel, draw_saliency
 from cbm_lightning.callbacks.saliency_panels import panels
+from cbm_lightning.data import ConceptDataModule
 from cbm_lightning.saliency import SaliencyMethod
 from cbm_lightning.saliency.co_occurrence import CoOccurrence, cooccurrence
 from cbm_lightning.saliency.maps import attribute
@@ -97,6 +99,7 @@ class ConceptSaliency(NamedEvaluation):
         self.co_occurrence: CoOccurrence | None = None
         self._study: SaliencyStudy | None = None
         self._positions: Positions | None = None
+        self._is_news = False
         self._rows: list[tuple[Tensor, list[Panel]]] = []
         self._annotations: list[Tensor] = []
 
@@ -171,8 +174,9 @@ class ConceptSaliency(NamedEvaluation):
             if result.values:
                 log_table(trainer, f"{key}/metrics", result.table())
                 log_table(trainer, f"{key}/concepts", self._with_partners(result))
-            if self.co_occurrence is not None:
+            if self.co_occurrence is not None and self._is_news:
                 log_table(trainer, f"{key}/co_occurrence", self.co_occurrence.table())
+                self._is_news = False
             if self._rows:
                 log_figure(trainer, f"{key}/figure", draw_saliency(self._rows))
         self._rows, self._annotations = [], []
@@ -202,6 +206,7 @@ class ConceptSaliency(NamedEvaluation):
         """Say once which concepts the data never separates."""
         classes = None if labels.ndim > 1 or bool(labels.isnan().any()) else labels.long()
         self.co_occurrence = cooccurrence(concepts.float(), cast(Any, pl_module).concept_set, classes)
+        self._is_news = True
         for sentence in self.co_occurrence.sentences(limit=5):
             rank_zero_info(f"{type(self).__name__}: {sentence}")
 
@@ -215,16 +220,14 @@ class ConceptSaliency(NamedEvaluation):
 
 def training_annotations(data: Any) -> tuple[Tensor, Tensor] | None:
     """``[N, K]`` concepts and labels of the training split from a datamodule that knows them, else None."""
-    if not hasattr(data, "annotations"):
+    if not isinstance(data, ConceptDataModule):
         return None
-    for prepare in (lambda: None, lambda: data.setup("fit")):
+    for ready in (True, False):
         # a test alone has not set up the training split, and drawing it would be in vain where nobody asks for it
-        prepare()
-        try:
-            found: tuple[Tensor, Tensor] = data.annotations("train")
-        except KeyError:
-            continue
-        return found
+        with suppress(KeyError, ValueError):
+            if not ready:
+                data.setup("fit")
+            return data.annotations("train")
     return None
 
 

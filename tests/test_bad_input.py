@@ -270,7 +270,10 @@ LOCATE += ["--trainer.callbacks+=ConceptSaliency"]
         ("metrics=[energy]", r"metrics: nothing is called 'energy'; did you mean 'energy_in_mask'\?"),
         ('metrics={"pointing_game":{"tol":1}}', "metrics: pointing_game takes no {'tol': 1}"),
         ('metrics={"iou_at_mass":{"mass":2}}', r"iou_at_mass .* mass: expected a share in \(0, 1\], got 2"),
-        ("metrics=[keypoint_distance]", "keypoint_distance needs concept_points in the batch; CBMModule and a batch of .*image"),
+        (
+            "metrics=[keypoint_distance]",
+            "keypoint_distance needs concept_points in the batch; CBMModule and a batch of .*image",
+        ),
         ('concepts=["crest: presentt"]', r"no concept is called 'crest: presentt'; did you mean \['crest: present'"),
         ("max_images=-1", "max_images: expected at least 0, got -1"),
         ("method=attention_rollout", "attention_rollout needs a vision transformer .* use grad_cam"),

@@ -65,6 +65,9 @@ def find_map(subject: Subject, image: Tensor, name: str | None = None) -> MapLay
     calls: Counter[nn.Module] = Counter()
 
     def keep(module: nn.Module, args: Any, output: Any) -> None:
+        # attention over tokens is square like a map; what dropout passes on was seen before
+        if isinstance(module, (nn.Softmax, nn.Dropout)):
+            return
         if isinstance(output, Tensor) and output.requires_grad and output.ndim in (3, 4):
             seen.append((module, calls[module], output))
         calls[module] += 1
@@ -79,7 +82,7 @@ def find_map(subject: Subject, image: Tensor, name: str | None = None) -> MapLay
     outputs = [output for *_, output in seen]
     # a layer that was named may have any resolution
     grids = _grids(features.grid if name is None else None, outputs, (image.shape[-2], image.shape[-1]))
-    found: list[MapLayer] = []
+    found: list[tuple[int, MapLayer]] = []
     for (module, call, output), slope in zip(reversed(seen), reversed(_slopes(logits, outputs)), strict=True):
         if name is not None and module is not modules[name]:
             continue
@@ -87,9 +90,10 @@ def find_map(subject: Subject, image: Tensor, name: str | None = None) -> MapLay
         if layer is not None and slope is not None and bool(layer.cells(slope).any()):
             if _same(layer.cells(output), features.tokens):
                 return layer
-            found.append(layer)
-    if found:
-        return found[0]
+            found.append((layer.cells(output).shape[-1], layer))
+    # the one channel of a gate says where to look for all concepts, not for one
+    if wide := [layer for channels, layer in found if channels > 1] or [layer for _, layer in found]:
+        return wide[0]
     where = "the backbone" if name is None else f"layer {name!r}"
     raise ValueError(
         f"grad_cam: {where} has no feature map on which the concept scores depend; it needs a convolutional network or "

@@ -41,6 +41,7 @@ NEEDS = {
     "labels": "labels in the batch",
     "classes": "one predicted class an image",
     "importance": "a head with exact contributions, and one predicted class an image",
+    "values": "a bottleneck with one number a concept",
     "weight": "a linear head over one number a concept, a row a class",
 }
 
@@ -60,6 +61,7 @@ class Seen(NamedTuple):
         annotations: ``[B, K]`` of the concepts, NaN where not known, or None.
         labels: ``[B]`` true classes, or None.
         probs: ``[B, K]`` predicted concepts.
+        values: ``[B, K]`` what the head reads of each concept where that is one number, or None.
         classes: ``[B]`` predicted classes, None for several labels.
         importance: ``[B, K]`` what each concept adds to the logit of the predicted class, None where the head is not
             additive.
@@ -77,6 +79,7 @@ class Seen(NamedTuple):
     annotations: Tensor | None
     labels: Tensor | None
     probs: Tensor
+    values: Tensor | None
     classes: Tensor | None
     importance: Tensor | None
     weight: Tensor | None
@@ -149,11 +152,15 @@ def by_existence(metric: Metric, seen: Seen) -> None:
 
 def by_class(metric: Metric, seen: Seen) -> None:
     """The weights of concepts against their frequency in each class."""
-    metric.update(seen.probs, seen.annotations, seen.labels, seen.classes, seen.weight)
+    metric.update(seen.values, seen.annotations, seen.labels, seen.classes, seen.weight)
 
 
 def _each(metric: Callable[..., Metric]) -> Callable[..., Metric]:
     return lambda num_concepts, num_classes, **options: metric(num_concepts, **options)
+
+
+def _at(metric: Callable[..., Metric], **level: float) -> Callable[..., Metric]:
+    return lambda num_concepts, num_classes, **options: metric(num_concepts, **level, **options)
 
 
 def _alone(metric: Callable[..., Metric]) -> Callable[..., Metric]:
@@ -166,13 +173,19 @@ MEASURES: dict[str, Measure] = {
     "rank_accuracy": Measure(_each(RankAccuracy), by_mask, ("masks",)),
     "top_k_intersection": Measure(_each(TopKIntersection), by_mask, ("masks",)),
     "iou_at_mass": Measure(_each(MassIoU), by_mask, ("masks",)),
+    **{
+        f"iou_at_mass_{percent}": Measure(_at(MassIoU, mass=percent / 100), by_mask, ("masks",))
+        for percent in (25, 50, 75, 95)
+    },
     "iou_at_half_max": Measure(_each(HalfMaxIoU), by_mask, ("masks",)),
     "pixel_auroc": Measure(_each(PixelAUROC), by_mask, ("masks",)),
     "pixel_ap": Measure(_each(PixelAveragePrecision), by_mask, ("masks",)),
     "keypoint_distance": Measure(_each(KeypointDistance), by_point, ("points",)),
     "concept_location": Measure(_alone(ConceptLocation), by_location, ("points", "annotations", "importance")),
     "concept_existence": Measure(_alone(ConceptExistence), by_existence, ("annotations", "importance")),
-    "concept_importance": Measure(ConceptGlobalImportance, by_class, ("annotations", "labels", "classes", "weight")),
+    "concept_importance": Measure(
+        ConceptGlobalImportance, by_class, ("annotations", "labels", "classes", "values", "weight")
+    ),
     "deletion": Measure(_each(DeletionAUC), by_model),
     "insertion": Measure(_each(InsertionAUC), by_model),
     "average_drop": Measure(_each(AverageDrop), by_model),

@@ -49,9 +49,8 @@ class SaliencyResult:
     counts: dict[str, Tensor]
 
     def scalars(self) -> dict[str, Tensor]:
-        """``METRIC`` and ``METRIC_chance`` for logging; what was not measured is left out."""
-        measured = {name: value for name, value in self.values.items() if not bool(value.isnan())}
-        return measured | {f"{name}_chance": self.chance[name] for name in measured}
+        """``METRIC`` and ``METRIC_chance`` for logging, NaN where no pair could be measured."""
+        return self.values | {f"{name}_chance": value for name, value in self.chance.items()}
 
     def table(self) -> pd.DataFrame:
         """A row a metric: ``metric``, ``value``, ``chance``, ``concepts`` and ``pairs`` measured."""
@@ -89,7 +88,8 @@ class SaliencyStudy:
         metrics: Short names, or short name to options; `measures.MEASURES` lists them. By default pointing game, energy
             in mask, pixel AUROC and IoU at half maximum where there are masks, keypoint distance where there are
             points.
-        concepts: Names or positions of the concepts that are measured; all by default.
+        concepts: Names or positions of the concepts whose maps are measured; all by default. Metrics without maps
+            (concept existence and importance) look at all.
         counted: ``"present"``, or ``"predicted"``: only where the model says so too (a probability of one half).
         images_at_once: Images whose maps are in memory at a time.
         seed: Of the random bottleneck in the metric ``randomisation``.
@@ -146,6 +146,8 @@ class SaliencyStudy:
         Raises:
             ValueError: The batch lacks what a metric needs, or the model what the method needs.
         """
+        if not isinstance(batch, Mapping):
+            raise TypeError(f"batch: expected a dict, as read_batch of the model makes it, got {type(batch).__name__}")
         if "image" not in batch:
             raise ValueError(f"image: concepts are localised in images, and the batch has only {sorted(batch)}")
         image = check_image(batch["image"])
@@ -164,6 +166,7 @@ class SaliencyStudy:
             "annotations": self._annotations(batch),
             "labels": batch.get("label"),
             "probs": prediction.concepts.probs.float(),
+            "values": self.subject.values(prediction),
             "classes": self.subject.classes(prediction),
             "importance": self.subject.importance(prediction),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -129,6 +130,12 @@ class Subject:
             return found.concepts[:, 0] * (2 * classes - 1)[:, None]
         return found.concepts[torch.arange(len(classes), device=classes.device), classes]
 
+    def values(self, prediction: Prediction) -> Tensor | None:
+        """``[B, K]`` what the head reads where a concept is one number, else None."""
+        layout: Any = getattr(self.bottleneck, "layout", None)
+        found = prediction.concepts.values
+        return found[:, : len(self.concepts)].float() if getattr(layout, "width", 0) == 1 and found.ndim == 2 else None
+
     def weight(self) -> Tensor | None:
         """``[L, K]`` weights of the head where a concept is one number and a class a row, else None."""
         weigh: Any = getattr(getattr(self.model, "head", None), "concept_weight", None)
@@ -147,10 +154,15 @@ class Subject:
             return list(range(len(self.concepts)))
         if isinstance(concepts, str) or not concepts:
             raise ValueError(f"concepts: expected a list of names or positions, got {concepts!r}")
-        found = [self.concepts.index(c) if isinstance(c, str) else c for c in concepts]
+        found = [self.concepts.index(c) if isinstance(c, str) else _position(c) for c in concepts]
         if wrong := [k for k in found if type(k) is not int or not 0 <= k < len(self.concepts)]:
             raise ValueError(f"concepts: expected names, or positions below {len(self.concepts)}, got {wrong}")
         return found
+
+
+def _position(value: Any) -> Any:
+    """A whole number of any kind as an int; other things, truth values among them, as they are."""
+    return operator.index(value) if hasattr(value, "__index__") and not isinstance(value, bool) else value
 
 
 def check_image(image: Any) -> Tensor:

@@ -276,7 +276,7 @@ def test_similarity_of_maps_before_and_after(kind: str) -> None:
         (metric.per_concept(), after),
         (metric.chance_per_concept(), shifted(maps, step_generator(6, 1))),
     ):
-        values = map_similarity(maps, other, kind)
+        values = map_similarity(maps, other, kind).abs()
         means = torch.stack([values[concepts == k].nanmean() for k in range(CONCEPTS)])
         torch.testing.assert_close(found, means, equal_nan=True)
     assert metric.counts().tolist() == [5, 3, 0, 1]
@@ -289,6 +289,13 @@ def test_no_graph_is_kept() -> None:
     metric = RandomisationSimilarity(CONCEPTS)
     assert not metric(maps, after, concepts).requires_grad
     assert not metric.sums.requires_grad
+
+
+def test_a_picture_of_the_other_sign_is_the_same_picture() -> None:
+    maps, _, concepts = pairs_of()
+    metric = RandomisationSimilarity(CONCEPTS)
+    metric.update(maps, maps * torch.tensor([-2.0, 1.0])[torch.arange(len(maps)) % 2, None, None], concepts)
+    torch.testing.assert_close(metric.compute(), torch.tensor(1.0))
 
 
 def test_an_edge_detector_is_as_similar_as_can_be() -> None:

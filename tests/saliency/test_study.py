@@ -164,7 +164,12 @@ def test_batches_with_and_without_masks() -> None:
     ("metric", "where", "changes", "needed"),
     [
         ("energy_in_mask", "points", {}, "energy_in_mask needs concept_masks or concept_boxes in the batch"),
-        ("keypoint_distance", "masks", {}, "keypoint_distance needs concept_points in the batch; CBMModule and a batch of "),
+        (
+            "keypoint_distance",
+            "masks",
+            {},
+            "keypoint_distance needs concept_points in the batch; CBMModule and a batch of ",
+        ),
         ("concept_existence", "masks", {"concepts": None}, "concept_existence needs annotated concepts in the batch"),
         ("concept_importance", "masks", {"label": None}, "concept_importance needs labels in the batch"),
         ("concept_location", "", {"concepts": None}, "needs concept_points in the batch and annotated concepts"),
@@ -253,8 +258,9 @@ def test_images_that_show_no_concept(method: str) -> None:
     batch = batch_of(4)
     batch["concept_masks"][:] = False
     result = measured(toy_model(), batch, method=method)
-    assert result.scalars() == {}
-    assert all(value.isnan() for value in result.values.values())
+    # the keys are there for whoever monitors them
+    assert result.scalars().keys() == {*MASKED, *(f"{name}_chance" for name in MASKED)}
+    assert all(value.isnan() for value in result.scalars().values())
     assert result.table()["pairs"].tolist() == [0] * len(MASKED)
 
 
@@ -302,7 +308,7 @@ def test_results_in_tables() -> None:
 @pytest.mark.parametrize("metrics", [None, [], MASKED])
 def test_a_study_of_nothing(metrics: Any) -> None:
     result = measured(toy_model(), metrics=metrics)
-    assert result.scalars() == {}
+    assert all(value.isnan() for value in result.scalars().values())
     assert list(result.table().columns) == ["metric", "value", "chance", "concepts", "pairs"]
     assert result.concept_table()["concept"].tolist() == NAMES
 

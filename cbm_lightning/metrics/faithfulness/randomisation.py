@@ -11,7 +11,7 @@ from cbm_lightning.saliency.randomisation import Similarity, check_kind, map_sim
 
 
 class RandomisationSimilarity(ShiftedChanceMetric):
-    """Mean similarity of maps before and after weights were randomised (Adebayo et al. 2018); small is good.
+    """Mean absolute similarity of maps before and after weights were randomised (Adebayo et al. 2018); small is good.
 
     Make the second maps inside `cbm_lightning.saliency.randomisation.randomised`. A method passes if the similarity
     comes near its chance level, that of a map and its shifted self; a method that shows the image, as an edge detector
@@ -56,4 +56,5 @@ class RandomisationSimilarity(ShiftedChanceMetric):
         # forward, unlike update, leaves gradients on
         maps = maps.detach()
         found = map_similarity(maps, randomised_maps.detach(), self.kind)
-        self.record(found, map_similarity(maps, self.elsewhere(maps), self.kind), concepts)
+        # the same picture with the other sign is the same picture
+        self.record(found.abs(), map_similarity(maps, self.elsewhere(maps), self.kind).abs(), concepts)

@@ -13,9 +13,10 @@ from cbm_lightning.types import Features
 class ActivationMapping(SaliencyMethod):
     """The concept score of each cell as if it were the whole image.
 
-    For a CLIP model and concept texts it is the similarity of each token with the text (CoAM, Aysel et al. 2025, up to
-    a factor); the backbone must embed its tokens where it embeds images (``OpenClipBackbone(tokens="projected")``). It
-    needs no gradient, and works for any bottleneck that reads the pooled vector alone; where that is not the mean of
+    For a CLIP model and concept texts it is the similarity of each token with the text (for tokens of one length the
+    CoAM of Aysel et al. 2025 up to a factor), standardised as scores are; for a linear bottleneck it is the exact map
+    with the bias. The backbone must embed its tokens where it embeds images (``OpenClipBackbone(tokens="projected")``).
+    It needs no gradient, and works for any bottleneck that reads the pooled vector alone; where that is not the mean of
     the tokens it is a reading of the model, not an account of its score.
     """
 

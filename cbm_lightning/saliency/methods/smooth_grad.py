@@ -68,7 +68,11 @@ class SmoothGrad(PixelAttribution):
 
     def attribute(self, subject: Subject, image: Tensor, rows: Tensor, concepts: Tensor) -> Tensor:
         """Maps in the resolution of the image; captum draws from the global generator, which is put back."""
-        devices = [image.device] if image.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.manual_seed(self.seed)
+        on_gpu = image.device.type == "cuda"
+        with torch.random.fork_rng([image.device] if on_gpu else []):
+            # not torch.manual_seed, which would seed every device and put none of the others back
+            torch.default_generator.manual_seed(self.seed)
+            if on_gpu:
+                with torch.cuda.device(image.device):
+                    torch.cuda.manual_seed(self.seed)
             return super().attribute(subject, image, rows, concepts)
