@@ -221,7 +221,7 @@ def draw_maps(examples: list[Example], headings: list[str], note: str, blocks: i
         blocks: How many examples share a line.
     """
     lines, wide = -(-(len(examples) + 1) // blocks), 1 + len(headings)
-    panel, gap, margin, title, head = 1.6, 0.06, 0.15, 0.22, 0.25
+    panel, gap, margin, title, head = 1.6, 0.06, 0.15, 0.22, 0.1
     tall = panel * examples[0].image.shape[1] / examples[0].image.shape[2]
     block = wide * (panel + gap) + margin
     width, height = blocks * block + margin, head + lines * (tall + title) + margin
