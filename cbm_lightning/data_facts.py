@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from cbm_lightning.concepts import ConceptSet
+from cbm_lightning.types import ClassFacts
 
 
 class DataFacts(NamedTuple):
@@ -16,12 +19,21 @@ class DataFacts(NamedTuple):
         num_classes: Number of classes.
         class_names: Their names, or None.
         feature_dim: Width of precomputed features, or None for images.
+        class_descriptions: A sentence a class, or None.
+        class_embeddings: ``[L, D]`` text vectors of the classes, or None.
     """
 
     concepts: ConceptSet
     num_classes: int
     class_names: list[str] | None
     feature_dim: int | None
+    class_descriptions: list[str] | None = None
+    class_embeddings: Tensor | None = None
+
+    @property
+    def classes(self) -> ClassFacts:
+        """What is known of the classes."""
+        return ClassFacts(self.class_names, self.class_descriptions, self.class_embeddings)
 
     @classmethod
     def gather(cls, data: Any, concepts: Any, num_classes: int | None, class_names: Sequence[str] | None) -> DataFacts:
@@ -42,7 +54,8 @@ class DataFacts(NamedTuple):
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(f"class_names: expected {num_classes} names, got {len(class_names)}")
         names = None if class_names is None else [str(name) for name in class_names]
-        return cls(concept_set, num_classes, names, getattr(data, "feature_dim", None))
+        told = (getattr(data, name, None) for name in ("feature_dim", "class_descriptions", "class_embeddings"))
+        return cls(concept_set, num_classes, names, *told)
 
 
 def ask(data: Any, attribute: str, argument: str, form: str) -> Any:
@@ -60,19 +73,24 @@ def ask(data: Any, attribute: str, argument: str, form: str) -> Any:
     return found
 
 
-def check_agreement(data: Any, concepts: ConceptSet, num_classes: int) -> None:
+def check_agreement(data: Any, concepts: ConceptSet | None, num_classes: int) -> None:
     """Check that the datamodule in training is the one that the model was made for.
+
+    Args:
+        data: The datamodule.
+        concepts: The model's; None where they are its own business.
+        num_classes: The model's.
 
     Raises:
         ValueError: It has another number of concepts or classes, or other concept names in the same places.
     """
     owner = type(data).__name__
-    theirs = getattr(data, "concept_set", None)
-    if theirs is not None and len(theirs) != len(concepts):
+    theirs = None if concepts is None else getattr(data, "concept_set", None)
+    if concepts is not None and theirs is not None and len(theirs) != len(concepts):
         raise ValueError(
             f"the model has {len(concepts)} concepts, {owner} has {len(theirs)}; pass the datamodule's concept set"
         )
-    if isinstance(theirs, ConceptSet) and theirs.names != concepts.names and not _numbered(concepts):
+    if concepts and isinstance(theirs, ConceptSet) and theirs.names != concepts.names and not _numbered(concepts):
         first = next(k for k in range(len(concepts)) if theirs.names[k] != concepts.names[k])
         raise ValueError(
             f"concept {first} is {concepts.names[first]!r} in the model and {theirs.names[first]!r} in {owner}; the "

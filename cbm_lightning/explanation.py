@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from cbm_lightning.types import Batch, Contributions, Prediction
 
@@ -55,6 +56,33 @@ def explain_prediction(model: CBMModule, prediction: Prediction, batch: Batch, t
     return pd.DataFrame(rows)
 
 
+def answers(model: CBMModule, prediction: Prediction, batch: Batch) -> dict[str, Tensor]:
+    """A prediction as plain tensors, as `CBMModule.predict_step` returns it.
+
+    Args:
+        model: The model that made the prediction.
+        prediction: Of ``B`` samples.
+        batch: What it was made from.
+
+    Returns:
+        ``label [B]`` (``[B, L]`` of 0/1 for several labels), ``label_probs [B, L]``, ``concept_probs [B, K]``, and with
+        an additive head ``contributions [B, K]`` to the logit of the predicted class (of class 1 for a binary label;
+        not for several labels). ``concept_uncertainty [B, K]`` and ``label_uncertainty [B]`` where the model estimates
+        them, ``index [B]`` if the batch brings it.
+    """
+    logits, output = prediction
+    probs = model.probabilities(logits)
+    label = probs.argmax(-1) if model.task == "multiclass" else (probs >= 0.5).long()
+    label = label.squeeze(-1) if model.task == "binary" else label
+    result = {"label": label, "label_probs": probs, "concept_probs": output.probs}
+    if model.task != "multilabel" and (account := model.head.contributions(output)) is not None:
+        row = label if model.task == "multiclass" else torch.zeros_like(label)
+        result["contributions"] = account.concepts[torch.arange(len(label), device=label.device), row]
+    doubts = {"concept_uncertainty": output.uncertainty, "label_uncertainty": model.head.uncertainty(output)}
+    result |= {name: doubt for name, doubt in doubts.items() if doubt is not None}
+    return result | ({"index": batch["index"]} if "index" in batch else {})
+
+
 def prediction_table(model: CBMModule, predictions: Sequence[Any]) -> pd.DataFrame:
     """What `CBMModule.predict_step` returned for all batches, a row a sample.
 
@@ -64,7 +92,8 @@ def prediction_table(model: CBMModule, predictions: Sequence[Any]) -> pd.DataFra
 
     Returns:
         ``index`` if the batches brought it, ``predicted`` class (not for several labels), ``probability: CLASS`` of
-        each class and ``concept: NAME`` of each concept.
+        each class, ``concept: NAME`` of each concept, and where the model estimates them ``uncertainty`` of the label
+        and ``uncertainty: NAME`` of each concept.
     """
     import pandas as pd
 
@@ -76,6 +105,10 @@ def prediction_table(model: CBMModule, predictions: Sequence[Any]) -> pd.DataFra
         table["predicted"] = [names[label] for label in columns["label"].tolist()]
     table |= {f"probability: {name}": columns["label_probs"][:, i].tolist() for i, name in enumerate(outputs)}
     table |= {f"concept: {name}": columns["concept_probs"][:, k].tolist() for k, name in enumerate(model.concept_set)}
+    if "label_uncertainty" in columns:
+        table["uncertainty"] = columns["label_uncertainty"].tolist()
+    if (doubt := columns.get("concept_uncertainty")) is not None:
+        table |= {f"uncertainty: {name}": doubt[:, k].tolist() for k, name in enumerate(model.concept_set)}
     return pd.DataFrame(table)
 
 

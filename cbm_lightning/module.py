@@ -15,14 +15,14 @@ from cbm_lightning.batches import as_float, check_batch, check_task
 from cbm_lightning.bottlenecks import Bottleneck, LinearBottleneck
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.data_facts import DataFacts
-from cbm_lightning.explanation import explain_prediction
-from cbm_lightning.heads import LabelHead, LinearHead
+from cbm_lightning.explanation import answers, explain_prediction
+from cbm_lightning.heads import LabelHead
 from cbm_lightning.labels import Task
 from cbm_lightning.losses import ConceptLoss, label_loss
 from cbm_lightning.modes import evaluating
 from cbm_lightning.optimization import ClassSpec, check_positive, check_weights
 from cbm_lightning.phases import Phase
-from cbm_lightning.preflight import check_loss_names
+from cbm_lightning.preflight import check_head, check_loss_names
 from cbm_lightning.randomness import step_generator
 from cbm_lightning.reporting import EvaluationMetrics, RunningMeans, training_metrics
 from cbm_lightning.training import PhasedTraining
@@ -44,7 +44,7 @@ class CBMModule(PhasedTraining):
     Args:
         backbone: ``"timm/NAME"``, ``"open_clip/NAME"``, ``"identity"``, a configured backbone or any ``nn.Module``.
         bottleneck: From features to concepts; `LinearBottleneck` by default.
-        head: From concepts to classes; `LinearHead` by default.
+        head: From concepts to classes; by default the bottleneck's own, `LinearHead` for most.
         data: A datamodule with ``concept_set`` and ``num_classes`` (linked by the CLI), for what is not given here.
         concepts: A concept set, names, a file, or their number.
         num_classes: Number of classes ``L``.
@@ -109,7 +109,9 @@ class CBMModule(PhasedTraining):
         self.backbone.build(facts.feature_dim)
         self.bottleneck = LinearBottleneck() if bottleneck is None else bottleneck
         self.bottleneck.build(self.backbone.dims, self.concept_set, self.num_classes)
-        self.head = LinearHead() if head is None else head
+        self.head = self.bottleneck.default_head() if head is None else head
+        check_head(self.bottleneck, self.head)
+        self.head.introduce(self.concept_set, facts.classes)
         self.head.build(self.backbone.dims, self.bottleneck.layout, self.num_classes, task)
         self.concept_loss = ConceptLoss() if concept_loss is None else concept_loss
         self.concept_loss.build(self.concept_set)
@@ -199,9 +201,10 @@ class CBMModule(PhasedTraining):
             return torch.zeros((), device=self.device, requires_grad=True)
         for part in (self.bottleneck, self.head):
             part.on_progress(self.progress())
-        output = self.bottleneck(self.encode(content), content.get("concepts"))
-        logits = self.head(self.head_reads(output, content))
-        total, parts = self.losses(logits, output, content)
+        with self.bottleneck.drawing(self.step_draws(1)):
+            output = self.bottleneck(self.encode(content), content.get("concepts"))
+            logits = self.head(self.head_reads(output, content))
+            total, parts = self.losses(logits, output, content)
         self.log("train/loss", total.detach(), prog_bar=True, batch_size=len(logits))
         scores = training_metrics(
             output.probs, logits, content, self.task, self.label_matters, ~self.concept_loss.activation.real
@@ -224,21 +227,25 @@ class CBMModule(PhasedTraining):
         """What the head reads in training: predictions, partly corrected ones (RandInt), or annotations."""
         if (concepts := batch.get("concepts")) is not None:
             known = ~concepts.isnan()
-            generator = step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank)
-            drawn = self.bottleneck.training_mask(concepts, generator)
+            drawn = self.bottleneck.training_mask(concepts, self.step_draws())
             mask = known if self.phase.head_input == "true" else None if drawn is None else drawn & known
             output = output if mask is None else self.bottleneck.intervene(output, Intervention(mask, concepts))
         return output.detach() if self.phase.head_input == "detached" else output
+
+    def step_draws(self, *stream: int) -> torch.Generator:
+        """Random numbers of this training step and process: RandInt's, or those of another stream."""
+        return step_generator(self.seed, self.trainer.fit_loop.total_batch_idx, self.global_rank, *stream)
 
     def losses(self, logits: Tensor, output: ConceptOutput, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted total and the unweighted parts by log name (``loss_label``, ``loss_concept``, ...)."""
         parts: dict[str, Tensor] = {}
         if self.label_matters:
             parts["label"] = self.label_loss(logits, batch["label"])
-        parts |= self.bottleneck.losses(output, batch, LossContext(self.concept_loss, self.head, logits))
+        context = LossContext(self.concept_loss, self.label_loss, self.head, logits)
+        parts |= self.bottleneck.losses(output, batch, context)
         parts |= self.head.losses()
         weights = self.weights_of(parts)
-        check_loss_names(self.phase, self.loss_weights, weights)
+        check_loss_names(self.phase, self.loss_weights, weights, self.training)
         total = torch.stack([weights[name] * loss for name, loss in parts.items() if weights[name]]).sum()
         return total, {f"loss_{name}": loss.detach() for name, loss in parts.items() if weights[name]}
 
@@ -276,20 +283,6 @@ class CBMModule(PhasedTraining):
         self.log_dict({f"test/{k}": v for k, v in self.test_scores.finish().items()}, sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Labels, probabilities, concepts, and the exact contribution of each concept to the predicted class.
-
-        Returns:
-            ``label [B]`` (``[B, L]`` of 0/1 for several labels), ``label_probs [B, L]``, ``concept_probs [B, K]``, and
-            with an additive head ``contributions [B, K]`` to the logit of the predicted class (of class 1 for a binary
-            label; not for several labels). ``index [B]`` if the batch brings it.
-        """
+        """Labels, probabilities, concepts, their contributions and uncertainty, see `explanation.answers`."""
         content = self.read_batch(batch)
-        logits, output = self(content)
-        probs = self.probabilities(logits)
-        label = probs.argmax(-1) if self.task == "multiclass" else (probs >= 0.5).long()
-        label = label.squeeze(-1) if self.task == "binary" else label
-        result = {"label": label, "label_probs": probs, "concept_probs": output.probs}
-        if self.task != "multilabel" and (account := self.head.contributions(output)) is not None:
-            row = label if self.task == "multiclass" else torch.zeros_like(label)
-            result["contributions"] = account.concepts[torch.arange(len(label), device=label.device), row]
-        return result | ({"index": content["index"]} if "index" in content else {})
+        return answers(self, self(content), content)

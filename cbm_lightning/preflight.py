@@ -17,6 +17,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.strategies import DDPStrategy
 
+from cbm_lightning.bottlenecks import Bottleneck
+from cbm_lightning.heads import LabelHead
 from cbm_lightning.phases import PARTS, Phase
 
 
@@ -92,6 +94,20 @@ def check_stopping(trainer: Trainer, phases: Sequence[Phase], starts: Sequence[i
         )
 
 
+def check_head(bottleneck: Bottleneck, head: LabelHead) -> None:
+    """Check that exactly one of bottleneck and head predicts the label.
+
+    Raises:
+        ValueError: Both do, or neither.
+    """
+    if bottleneck.owns_label == head.reads_values:
+        who = "predicts the label itself" if bottleneck.owns_label else "leaves the label to the head"
+        mend = "PassThroughHead, or name no head" if bottleneck.owns_label else "LinearHead"
+        raise ValueError(
+            f"head: {type(bottleneck).__name__} {who}, which does not go with {type(head).__name__}; use {mend}"
+        )
+
+
 def check_label_reaches(phases: Sequence[Phase], weights: Mapping[str, float], needs_label: bool) -> None:
     """Check that a bottleneck that learns from the label's gradient gets it wherever it trains.
 
@@ -128,19 +144,20 @@ def _watchers(trainer: Trainer) -> list[Callback]:
     return [callback for callback in callbacks if isinstance(callback, (Checkpoint, EarlyStopping))]
 
 
-def check_loss_names(phase: Phase, given: Mapping[str, float], weights: Mapping[str, float]) -> None:
+def check_loss_names(phase: Phase, given: Mapping[str, float], weights: Mapping[str, float], training: bool) -> None:
     """Check that the weights of losses name losses that exist, and that one of them counts.
 
     Args:
         phase: The current phase.
         given: ``loss_weights`` of the module.
         weights: Factor of each loss that was computed.
+        training: Whether all losses were; some exist in training steps alone.
 
     Raises:
         ValueError: A weight names no loss, or nothing is left to train on.
     """
     named = phase.weights(given).keys()
-    if unknown := sorted(named - weights.keys() - {"label", "concept"}):
+    if training and (unknown := sorted(named - weights.keys() - {"label", "concept"})):
         near = difflib.get_close_matches(unknown[0], [*weights, "label", "concept"], n=2)
         raise ValueError(
             f"loss_weights: no loss is called {unknown}, there are {sorted(weights)}; did you mean {near}?"

@@ -85,7 +85,7 @@ class PhasedTraining(PortableModule):
         self._optimizer: Optimizer | None = None
         self._scheduler: LRScheduler | None = None
         self._paused: list[nn.Parameter] = []
-        self._recent: deque[tuple[Tensor, Tensor, Tensor]] = deque()
+        self._recent: deque[tuple[Tensor, Tensor]] = deque()
         self._solver: HeadSolver | None = None
         self._masked: list[str] = []
 
@@ -100,7 +100,7 @@ class PhasedTraining(PortableModule):
         """Check data, phases and monitors against each other before anything trains."""
         data = getattr(self.trainer, "datamodule", None)
         if data is not None:
-            check_agreement(data, self.concept_set, self.num_classes)
+            check_agreement(data, None if self.bottleneck.discovers else self.concept_set, self.num_classes)
         if stage != "fit":
             return
         # a fast_dev_run has one epoch, enough for the first phase
@@ -115,8 +115,10 @@ class PhasedTraining(PortableModule):
         for phase in self.phases:
             if phase.solver:
                 self._make_solver(phase)
-        if self.concept_loss.needs_annotations:
-            self.concept_loss.fit(self._training_annotations(data))
+        if self.concept_loss.needs_annotations or self.bottleneck.needs_annotations:
+            annotations = self._training_annotations(data)
+            self.concept_loss.fit(annotations)
+            self.bottleneck.fit_annotations(annotations)
         self.phase = self.phases[0]
 
     def _training_annotations(self, data: Any) -> Tensor:
@@ -129,15 +131,22 @@ class PhasedTraining(PortableModule):
         found = [self.read_batch(batch).get("concepts") for batch in batches]
         if not found or any(concepts is None for concepts in found):
             raise ValueError(
-                "concept_loss: 'balanced' weights need annotated concepts in the training batches; give numbers"
+                "'balanced' weights of the concept_loss, or the bottleneck, need annotated concepts in the training "
+                "batches; bring them, or give numbers as weights"
             )
         annotations = torch.cat([concepts.float() for concepts in found if concepts is not None])
         check_concepts(annotations, self.concept_set)
         return annotations
 
     def read_batch(self, batch: Any) -> Batch:
-        """Read what a loader yields as a dict; override it for batches of another form."""
-        return read_batch(batch)
+        """Read what a loader yields as a dict; override it for batches of another form.
+
+        Annotations are left out where the bottleneck discovers concepts of its own.
+        """
+        content = read_batch(batch)
+        if self.bottleneck.discovers:
+            content.pop("concepts", None)
+        return content
 
     # ---------------------------------------------------------------- optimizer and schedulers
 
@@ -304,7 +313,7 @@ class PhasedTraining(PortableModule):
     def keep_statistics(self, output: ConceptOutput) -> None:
         """Keep the predictions of a training step if the bottleneck trains and fits statistics on them."""
         if (size := self.bottleneck.statistics_size) > 0 and "bottleneck" in self.phase.train:
-            self._recent.append((output.logits.detach(), output.probs.detach(), output.values.detach()))
+            self._recent.append((output.logits.detach(), output.probs.detach()))
             if len(self._recent) > max(size // max(len(output.logits), 1), 1):
                 self._recent.popleft()
 

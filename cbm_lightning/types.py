@@ -243,6 +243,20 @@ class Prediction(NamedTuple):
     concepts: ConceptOutput
 
 
+class ClassFacts(NamedTuple):
+    """What is known of the classes beside their number.
+
+    Attributes:
+        names: Their names in label order, or None.
+        descriptions: A sentence a class for a text encoder, or None.
+        embeddings: ``[L, D]`` vectors of such sentences, computed elsewhere, or None.
+    """
+
+    names: list[str] | None = None
+    descriptions: list[str] | None = None
+    embeddings: Tensor | None = None
+
+
 class LinearEffects(NamedTuple):
     """The two halves of a rank-one update: correcting one concept moves the class logits along one line.
 
@@ -274,11 +288,13 @@ class LossContext:
 
     Attributes:
         concept_loss: The configured supervised loss, ``concept_loss(logits, concepts) -> scalar``.
+        label_loss: The module's loss of the label, ``label_loss(logits [B, L], label) -> scalar``.
         head: The label head; ``head(output) -> [B, L]``.
         label_logits: ``[B, L]`` predicted from the (possibly intervened) output.
     """
 
     concept_loss: nn.Module
+    label_loss: Callable[[Tensor, Tensor], Tensor]
     head: nn.Module
     label_logits: Tensor
 

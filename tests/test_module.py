@@ -264,7 +264,7 @@ def test_balanced_weights_come_from_the_training_annotations_of_any_data() -> No
     model = make(concept_loss=ConceptLoss(weight="balanced"))
     quiet_trainer().fit(model, ForeignData())
     torch.testing.assert_close(model.concept_loss.weight, expected)
-    with pytest.raises(ValueError, match="'balanced' weights need annotated concepts"):
+    with pytest.raises(ValueError, match="'balanced' weights of the concept_loss, or the bottleneck, need annotated"):
         quiet_trainer().fit(
             make("similarity", concept_loss=ConceptLoss(weight="balanced")), ForeignData(with_concepts=False)
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.configurable import Part
+from cbm_lightning.heads import LabelHead, LinearHead
 from cbm_lightning.types import Batch, ConceptOutput, FeatureDims, Features, Intervention, LossContext, ValueLayout
 
 
@@ -29,7 +32,13 @@ class Bottleneck(Part):
         layout: How ``values`` is laid out, known after `build`.
         needs_concepts: Whether training needs annotated concepts in the batch.
         needs_label: Whether it learns from the label's gradient, so that no phase may train it without.
+        needs_annotations: Whether `fit_annotations` must see the training annotations before training.
+        discovers: Whether it finds concepts of its own. Annotations in batches are of other concepts then, and are set
+            aside; ``concepts`` of the module says how many to find.
+        owns_label: Whether it predicts the label itself, as ``label_logits``. It goes with a `PassThroughHead`.
         statistics_size: How many of the latest training predictions `fit_statistics` wants; 0 for none.
+        generator: In a training step, what is drawn in `forward` is drawn from it (it lives on the CPU); None in
+            evaluation, where a prediction must not depend on the other samples of the batch.
 
     Raises:
         ValueError: ``randint`` lies outside [0, 1], or the scope is unknown.
@@ -39,7 +48,11 @@ class Bottleneck(Part):
     layout: ValueLayout
     needs_concepts: bool = True
     needs_label: bool = False
+    needs_annotations: bool = False
+    discovers: bool = False
+    owns_label: bool = False
     statistics_size: int = 0
+    generator: torch.Generator | None = None
 
     def __init__(self, *, randint: float = 0.0, randint_scope: Literal["sample", "batch"] = "sample") -> None:
         super().__init__()
@@ -66,6 +79,19 @@ class Bottleneck(Part):
     @abstractmethod
     def intervene(self, output: ConceptOutput, intervention: Intervention) -> ConceptOutput:
         """Redo the output with corrected concepts. Reads ``output.features``; never runs the backbone."""
+
+    @contextmanager
+    def drawing(self, generator: torch.Generator) -> Iterator[None]:
+        """A training step inside the block: draws come from ``generator``."""
+        self.generator = generator
+        try:
+            yield
+        finally:
+            self.generator = None
+
+    def default_head(self) -> LabelHead:
+        """The head that goes with the method where the user names none."""
+        return LinearHead()
 
     def directions(self, output: ConceptOutput) -> Tensor | None:
         """The line along which a correction moves the numbers of a concept, for fast look-ahead.
@@ -99,7 +125,11 @@ class Bottleneck(Part):
         return None
 
     def losses(self, output: ConceptOutput, batch: Batch, context: LossContext) -> dict[str, Tensor]:
-        """Unweighted losses by name, on the un-intervened output. By default the supervised concept loss."""
+        """Unweighted losses by name, on the un-intervened output. By default the supervised concept loss.
+
+        A loss called ``label`` takes the place of the module's. Losses that exist in training steps alone, where
+        ``generator`` is not None, are fine.
+        """
         return {"concept": context.concept_loss(output.logits, batch["concepts"])}
 
     def training_mask(self, concepts: Tensor, generator: torch.Generator) -> Tensor | None:
@@ -110,8 +140,11 @@ class Bottleneck(Part):
         draw = torch.rand(rows, concepts.shape[1], generator=generator)
         return (draw < self.randint).to(concepts.device).expand(concepts.shape)
 
-    def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:
-        """Set buffers from the latest training predictions: the fields of `ConceptOutput` for ``n`` samples.
+    def fit_annotations(self, concepts: Tensor) -> None:
+        """Initialise from ``[N, K]`` training annotations (NaN where unknown), before the optimizer exists."""
+
+    def fit_statistics(self, logits: Tensor, probs: Tensor) -> None:
+        """Set buffers from the latest training predictions, ``logits [n, K]`` and ``probs [n, K]``.
 
         Write into them in place (``buffer.copy_(...)``): it may be called in inference mode.
         """

@@ -93,7 +93,7 @@ class ScalarBottleneck(Bottleneck):
         """One number a concept moves along one line."""
         return output.values.new_ones(1, self.layout.concepts, 1) if output.values.ndim == 2 else None
 
-    def fit_statistics(self, logits: Tensor, probs: Tensor, values: Tensor) -> None:
+    def fit_statistics(self, logits: Tensor, probs: Tensor) -> None:
         """Set ``value_range`` to the 5th and 95th percentile of the training predictions, concept by concept."""
         # as a correction replaces them, before gates or the like
         values = self.read(logits, probs).float()

@@ -3,6 +3,7 @@
 from cbm_lightning.heads.base import LabelHead
 from cbm_lightning.heads.linear import LinearHead
 from cbm_lightning.heads.mlp import MLPHead
+from cbm_lightning.heads.pass_through import PassThroughHead
 from cbm_lightning.heads.residual import ResidualHead
 
-__all__ = ["LabelHead", "LinearHead", "MLPHead", "ResidualHead"]
+__all__ = ["LabelHead", "LinearHead", "MLPHead", "PassThroughHead", "ResidualHead"]

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.configurable import Part
 from cbm_lightning.labels import Task, mean_over_samples
-from cbm_lightning.types import ConceptOutput, Contributions, FeatureDims, ValueLayout
+from cbm_lightning.types import ClassFacts, ConceptOutput, Contributions, FeatureDims, ValueLayout
 
 
 class LabelHead(Part):
@@ -22,11 +23,16 @@ class LabelHead(Part):
         layout: How the values are laid out, known after `build`.
         num_outputs: Number of logits: ``L``, or 1 for a binary label.
         task: What the logits mean.
+        reads_values: Whether it reads what the bottleneck lays out at all.
     """
 
     layout: ValueLayout
     num_outputs: int
     task: Task
+    reads_values: bool = True
+
+    def introduce(self, concepts: ConceptSet, classes: ClassFacts) -> None:
+        """Get to know concepts and classes by name and text; called by the module before `build`."""
 
     def build(self, dims: FeatureDims, layout: ValueLayout, num_classes: int, task: Task) -> None:
         """Make the parameters; called once by the module, which knows every size. Extend it in subclasses."""
@@ -75,6 +81,10 @@ class LabelHead(Part):
 
     def contributions(self, output: ConceptOutput) -> Contributions | None:
         """What each concept adds to each class logit, exactly, or None where the head is not additive."""
+        return None
+
+    def uncertainty(self, output: ConceptOutput) -> Tensor | None:
+        """``[B]`` how uncertain the label is, the larger the more, or None where the head does not estimate it."""
         return None
 
     def losses(self) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def test_statistics_are_percentiles_of_the_training_predictions() -> None:
     kinds = ConceptSet(["a", "b", "size"], kinds=["binary", "binary", "real"])
     bottleneck = make("logits", kinds)
     values = torch.randn(501, 3)
-    bottleneck.fit_statistics(values, values.sigmoid(), values)
+    bottleneck.fit_statistics(values, values.sigmoid())
     expected = torch.quantile(values[:, :2], torch.tensor([0.05, 0.95]), dim=0)
     torch.testing.assert_close(bottleneck.value_range[:, :2], expected)
     assert bottleneck.value_range[:, 2].tolist() == [0.0, 1.0]
