@@ -112,8 +112,9 @@ class CBMCommandLine(LightningCLI):
             raise shown from shown.__cause__
 
     def before_test(self) -> None:
-        """Warn where ``test`` would judge weights that nobody trained."""
-        if not self.config["test"].get("ckpt_path"):
+        """Warn where ``test`` would judge weights that nobody trained; what has none to train is judged as it is."""
+        trainable = any(weight.requires_grad for weight in self.model.parameters())
+        if trainable and not self.config["test"].get("ckpt_path"):
             warnings.warn("cbm test without --ckpt_path judges the weights that the model starts with", stacklevel=2)
 
     def after_fit(self) -> None:

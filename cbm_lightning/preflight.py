@@ -22,6 +22,24 @@ from cbm_lightning.heads import LabelHead
 from cbm_lightning.phases import PARTS, Phase
 
 
+def check_trains(phases: Sequence[Phase], parametric: set[str]) -> None:
+    """Check that every phase has something to train.
+
+    Args:
+        phases: In order.
+        parametric: The parts with parameters.
+
+    Raises:
+        ValueError: No part that a phase trains has any parameter (texts and other training-free parts have none).
+    """
+    for phase in phases:
+        if not parametric & set(phase.train):
+            raise ValueError(
+                f"phase {phase.name!r}: train: {list(phase.train)} of this model have no parameters; train something "
+                f"else ({sorted(parametric) or 'nothing here can be trained: test or predict instead'})"
+            )
+
+
 def check_strategy(strategy: Any, phases: Sequence[Phase], weights: Mapping[str, float], trainable: set[str]) -> None:
     """Check that data parallel training can follow the phases.
 

@@ -31,7 +31,14 @@ from cbm_lightning.optimization import (
     make_scheduler,
 )
 from cbm_lightning.phases import PARTS, Phase, make_phases, phase_starts
-from cbm_lightning.preflight import check_averaging, check_label_reaches, check_monitors, check_stopping, check_strategy
+from cbm_lightning.preflight import (
+    check_averaging,
+    check_label_reaches,
+    check_monitors,
+    check_stopping,
+    check_strategy,
+    check_trains,
+)
 from cbm_lightning.sparsity.masks import apply_masks, masked, renew_masks
 from cbm_lightning.types import Batch, ConceptOutput
 
@@ -107,6 +114,7 @@ class PhasedTraining(PortableModule):
         dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         self._starts = list(range(len(self.phases))) if dry else phase_starts(self.phases, self.trainer.max_epochs)
         trainable = {name for name in PARTS if any(p.requires_grad for p in self._part(name).parameters())}
+        check_trains(self.phases, {name for name in PARTS if any(True for _ in self._part(name).parameters())})
         check_strategy(self.trainer.strategy, self.phases, self.loss_weights, trainable)
         check_monitors(self.trainer, self.phases, self.loss_weights, self.monitor)
         check_stopping(self.trainer, self.phases, self._starts)
