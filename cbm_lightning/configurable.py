@@ -49,6 +49,9 @@ class Configurable:
         for parameter in signature.parameters.values():
             if parameter.kind is inspect.Parameter.VAR_KEYWORD:
                 init_args.update(init_args.pop(parameter.name, {}))
+            elif parameter.kind is inspect.Parameter.VAR_POSITIONAL and not init_args.get(parameter.name):
+                # of a part without an __init__ of its own
+                init_args.pop(parameter.name, None)
         object.__setattr__(made, "_init_args", init_args)
         return made
 

@@ -108,6 +108,7 @@ class CBMModule(PhasedTraining):
         self.backbone = create_backbone(backbone)
         self.backbone.build(facts.feature_dim)
         self.bottleneck = LinearBottleneck() if bottleneck is None else bottleneck
+        self.bottleneck.task = task
         self.bottleneck.build(self.backbone.dims, self.concept_set, self.num_classes)
         self.head = self.bottleneck.default_head() if head is None else head
         check_head(self.bottleneck, self.head)

@@ -126,7 +126,8 @@ class PhasedTraining(PortableModule):
         if self.concept_loss.needs_annotations or self.bottleneck.needs_annotations:
             annotations = self._training_annotations(data)
             self.concept_loss.fit(annotations)
-            self.bottleneck.fit_annotations(annotations)
+            if any("bottleneck" in phase.train for phase in self.phases):
+                self.bottleneck.fit_annotations(annotations)
         self.phase = self.phases[0]
 
     def _training_annotations(self, data: Any) -> Tensor:

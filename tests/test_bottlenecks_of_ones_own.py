@@ -1,4 +1,4 @@
-"""What a bottleneck may ask of the module beyond predicting concepts, shown with bottlenecks that a user might write."""
+"""What a bottleneck may ask of the module beyond predicting concepts, shown with bottlenecks as users write them."""
 
 from __future__ import annotations
 
@@ -219,9 +219,9 @@ def test_a_phase_that_trains_nothing_is_refused() -> None:
             del self.scores
             self.scores = lambda x: x @ weight.T + bias
 
+    model = make(Fixed(), phases=[{"name": "nothing", "train": ["bottleneck"]}])
     with pytest.raises(ValueError, match=r"phase 'nothing': train: \['bottleneck'\] of this model have no parameters"):
-        phases = [{"name": "nothing", "train": ["bottleneck"]}]
-        quiet_trainer().fit(make(Fixed(), phases=phases), ToyData())
+        quiet_trainer().fit(model, ToyData())
 
 
 def test_a_correction_of_a_pass_through_model_is_the_bottlenecks_own_business() -> None:

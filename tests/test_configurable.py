@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from cbm_lightning.configurable import Part, build, plain
-from cbm_lightning.heads import LinearHead, ResidualHead
+from cbm_lightning.heads import LinearHead, PassThroughHead, ResidualHead
 
 
 class Outer(Part):
@@ -48,6 +48,15 @@ def test_the_signature_stays_visible() -> None:
     assert list(inspect.signature(Outer).parameters) == ["inner", "sizes", "flag"]
     with pytest.raises(TypeError, match=r"Outer: .*unexpected keyword argument 'colour'.*it takes \(inner"):
         Outer(LinearHead(), colour="red")
+
+
+def test_a_part_without_arguments_can_be_made_again() -> None:
+    class Bare(Part):
+        pass
+
+    assert Bare().spec()["init_args"] == {}
+    assert PassThroughHead().spec()["init_args"] == {}
+    assert type(build(PassThroughHead().spec())) is PassThroughHead
 
 
 def test_what_has_no_plain_form_is_named() -> None:

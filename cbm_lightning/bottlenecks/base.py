@@ -13,6 +13,7 @@ from torch import Tensor
 from cbm_lightning.concepts import ConceptSet
 from cbm_lightning.configurable import Part
 from cbm_lightning.heads import LabelHead, LinearHead
+from cbm_lightning.labels import Task
 from cbm_lightning.types import Batch, ConceptOutput, FeatureDims, Features, Intervention, LossContext, ValueLayout
 
 
@@ -30,6 +31,7 @@ class Bottleneck(Part):
     Attributes:
         concepts: The concept set, known after `build`.
         layout: How ``values`` is laid out, known after `build`.
+        task: What the label is; the module sets it before `build`.
         needs_concepts: Whether training needs annotated concepts in the batch.
         needs_label: Whether it learns from the label's gradient, so that no phase may train it without.
         needs_annotations: Whether `fit_annotations` must see the training annotations before training.
@@ -46,6 +48,7 @@ class Bottleneck(Part):
 
     concepts: ConceptSet
     layout: ValueLayout
+    task: Task = "multiclass"
     needs_concepts: bool = True
     needs_label: bool = False
     needs_annotations: bool = False

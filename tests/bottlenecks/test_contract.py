@@ -11,7 +11,7 @@ import torch
 from bottlenecks.contract import CASES, batch, correction, make, samples
 from torch import Tensor
 from toy import quiet_trainer
-from toy_images import NAMES, ToyImages
+from toy_images import ToyImages
 
 from cbm_lightning import CBMModule, bottlenecks
 from cbm_lightning.bottlenecks import Bottleneck
@@ -179,9 +179,10 @@ def test_the_engine_corrects_it(name: str) -> None:
         policy = UCP()
         policy.build(engine.units)
         (steps,) = engine.plan([waiting], policy)
-        found = engine.rollout(waiting, steps, [0, 1, len(NAMES)])
+        count = len(model.concept_set)
+        found = engine.rollout(waiting, steps, [0, 1, count])
     torch.testing.assert_close(found.logits[0], waiting.prediction.logits, atol=1e-5, rtol=1e-5)
-    assert found.corrected.tolist() == [[0] * 6, [1] * 6, [len(NAMES)] * 6]
+    assert found.corrected.tolist() == [[0] * 6, [1] * 6, [count] * 6]
     assert found.logits.isfinite().all()
 
 
