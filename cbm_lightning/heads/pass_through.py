@@ -9,7 +9,9 @@ from cbm_lightning.types import ConceptOutput
 
 
 class PassThroughHead(LabelHead):
-    """Hands on the ``label_logits`` of a bottleneck that owns the label; it has no parameters.
+    """Hands on the ``label_logits [B, L]`` of a bottleneck that owns the label; it has no parameters.
+
+    Of a binary label, the two classes' logits become their difference, ``[B, 1]``.
 
     Example:
         >>> import torch
@@ -22,6 +24,11 @@ class PassThroughHead(LabelHead):
     """
 
     reads_values = False
+
+    def forward(self, output: ConceptOutput) -> Tensor:
+        """``[B, L]`` class logits of the bottleneck, ``[B, 1]`` for a binary label."""
+        logits = super().forward(output)
+        return logits.diff(dim=-1) if self.task == "binary" and logits.shape[-1] == 2 else logits
 
     def classify(self, values: Tensor, output: ConceptOutput) -> Tensor:
         """Nothing to classify.

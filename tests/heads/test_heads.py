@@ -5,7 +5,7 @@ import torch
 
 from cbm_lightning.bottlenecks import EmbeddingBottleneck, LinearBottleneck
 from cbm_lightning.concepts import ConceptSet
-from cbm_lightning.heads import LinearHead, MLPHead, ResidualHead
+from cbm_lightning.heads import LinearHead, MLPHead, PassThroughHead, ResidualHead
 from cbm_lightning.types import ConceptOutput, FeatureDims, Features, ValueLayout
 
 CONCEPTS, DIMS = ConceptSet(["a", "b", "c"]), FeatureDims(5)
@@ -115,3 +115,15 @@ def test_contributions_of_wide_concepts_add_up() -> None:
     output = ConceptOutput(Features(torch.zeros(7, 5)), values[:, :3], values[:, :3], values)
     account = head.contributions(output)
     torch.testing.assert_close(account.concepts.sum(-1) + sum(account.other.values()), head(output))
+
+
+def test_two_class_logits_of_a_binary_label_become_one() -> None:
+    head = PassThroughHead()
+    head.build(FeatureDims(4), ValueLayout(2), num_classes=2, task="binary")
+    zeros = torch.zeros(3, 2)
+    own = torch.tensor([[0.0, 1.0], [2.0, -1.0], [0.5, 0.5]])
+    output = ConceptOutput(Features(zeros), zeros, zeros, zeros, label_logits=own)
+    assert head(output).flatten().tolist() == [1.0, -3.0, 0.0]
+    assert list(head.parameters()) == []
+    with pytest.raises(ValueError, match="the bottleneck predicts no label_logits"):
+        head(output.replace(label_logits=None))
