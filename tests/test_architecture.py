@@ -28,6 +28,7 @@ LAYERS = [
         "checkpoints",
         "training",
         "module",
+        "contrastive",
     ),
     ("posthoc",),
     ("data",),

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import difflib
+import json
+from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
+from cbm_lightning.backbones.tokenizer import WordTokenizer
 from cbm_lightning.backbones.weights import describe_misfit, existing_file, read_weights
+
+ModelConfig = dict[str, Any] | str
+"""``embed_dim``, ``vision_cfg`` and ``text_cfg`` as in open_clip's own configurations, or the path of a JSON file of
+them. ``text_cfg`` may hold a ``vocabulary``, a list of words: texts are read by `WordTokenizer` then."""
 
 
 def make_clip(
     name: str,
     pretrained: str | None = None,
     checkpoint_path: str | None = None,
-    model_config: dict[str, Any] | None = None,
+    model_config: ModelConfig | None = None,
     img_size: int | None = None,
 ) -> Any:
     """A whole open_clip model, image and text tower.
@@ -22,14 +30,13 @@ def make_clip(
         name: Registered name.
         pretrained: Tag of weights to download.
         checkpoint_path: Local weights of a whole model instead.
-        model_config: ``embed_dim``, ``vision_cfg`` and ``text_cfg`` as in open_clip's own configurations, in place of
-            the registered one.
+        model_config: See `ModelConfig`, in place of the registered one.
         img_size: Side of the input in pixels, in place of the configured one.
 
     Raises:
         ValueError: The name or tag is unknown (near matches are listed), two sources of weights are named, the
             configuration is not one of open_clip, or the weights do not fit.
-        FileNotFoundError: There is no file at ``checkpoint_path``.
+        FileNotFoundError: There is no file at ``checkpoint_path`` or ``model_config``.
     """
     import open_clip
 
@@ -42,6 +49,7 @@ def make_clip(
     config = clip_config(name, model_config)
     text = config["text_cfg"]
     text["hf_model_pretrained"] = False
+    text.pop("vocabulary", None)
     custom = config.pop("custom_text", False) or text.get("hf_model_name") is not None
     kind = open_clip.CustomTextCLIP if custom else open_clip.CLIP
     model = _assemble(open_clip.CoCa if "multimodal_cfg" in config else kind, config, img_size)
@@ -51,7 +59,7 @@ def make_clip(
     return model
 
 
-def make_visual(name: str, model_config: dict[str, Any] | None = None, img_size: int | None = None) -> Any:
+def make_visual(name: str, model_config: ModelConfig | None = None, img_size: int | None = None) -> Any:
     """The image tower alone, without weights: nothing is downloaded, and no text tower is made.
 
     Raises:
@@ -68,24 +76,59 @@ def make_visual(name: str, model_config: dict[str, Any] | None = None, img_size:
     return visual
 
 
-def clip_config(name: str, model_config: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A copy of the configuration of a registered model, or of the one given.
+def clip_config(name: str, model_config: ModelConfig | None = None) -> dict[str, Any]:
+    """A copy of the configuration of a registered model, or of the one given, with the size of its own vocabulary.
 
     Raises:
-        ValueError: The name is unknown (near matches are listed), or a part of the configuration is missing.
+        FileNotFoundError: There is no file of that name.
+        ValueError: The name is unknown (near matches are listed), the file is no configuration, or a part of the
+            configuration is missing.
     """
     import open_clip
 
     if model_config is not None:
+        if isinstance(model_config, str):
+            model_config = read_config(model_config)
         if missing := [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in model_config]:
             raise ValueError(f"model_config: {missing} missing; it is laid out like open_clip.get_model_config(name)")
-        return deepcopy(model_config)
+        config = deepcopy(dict(model_config))
+        if (tokenizer := word_tokenizer(config["text_cfg"])) is not None:
+            config["text_cfg"]["vocab_size"] = tokenizer.size
+        return config
     known = open_clip.list_models()
     if name not in known:
         near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
         hint = f"did you mean {near}?" if near else "open_clip.list_models() lists all"
         raise ValueError(f"name: open_clip has no model {name!r}; {hint}")
     return deepcopy(dict(open_clip.get_model_config(name)))
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The configuration in a JSON file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It holds something else.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"model_config: no file at {file}; ContrastiveModule writes one beside its weights when its training ends "
+            "(cbm fit --config tiny_clip), or give the configuration itself"
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model_config: {file} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"model_config: expected a mapping in {file}, got {type(config).__name__}")
+    return config
+
+
+def word_tokenizer(text_config: Mapping[str, Any]) -> WordTokenizer | None:
+    """The tokenizer of a ``text_cfg`` that brings its own vocabulary, None for one that does not."""
+    vocabulary = text_config.get("vocabulary")
+    return None if vocabulary is None else WordTokenizer(vocabulary, text_config.get("context_length", 77))
 
 
 def canonical_name(name: str, pretrained: str | None) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cbm_lightning.backbones.base import Backbone, ImageStats, Transform, probe
-from cbm_lightning.backbones.clip import canonical_name, make_clip, make_visual
+from cbm_lightning.backbones.clip import ModelConfig, canonical_name, clip_config, make_clip, make_visual
 from cbm_lightning.backbones.towers import make_tower
 from cbm_lightning.types import Features
 
@@ -33,8 +33,8 @@ class OpenClipBackbone(Backbone):
         preprocess: How pixels are prepared, in place of what goes with the weights: ``mean``, ``std``,
             ``interpolation``, ``resize_mode`` (``shortest``, ``longest`` or ``squash``), ``fill_color``. Needed with
             ``checkpoint_path`` where the weights do not expect OpenAI's.
-        model_config: ``embed_dim``, ``vision_cfg`` and ``text_cfg`` as in open_clip's own configurations, in place of
-            the registered one of that name.
+        model_config: ``embed_dim``, ``vision_cfg`` and ``text_cfg`` as in open_clip's own configurations, or the path
+            of a JSON file of them, in place of the registered one of that name.
 
     Attributes:
         tower: The image tower.
@@ -42,7 +42,7 @@ class OpenClipBackbone(Backbone):
 
     Raises:
         ValueError: The name or tag is unknown (near matches are listed), or the weights do not fit.
-        FileNotFoundError: There is no file at ``checkpoint_path``.
+        FileNotFoundError: There is no file at ``checkpoint_path`` or ``model_config``.
 
     Example:
         >>> tiny = {
@@ -66,16 +66,17 @@ class OpenClipBackbone(Backbone):
         pool: Literal["native", "token_mean"] = "native",
         tokens: Literal["patch", "projected"] = "patch",
         preprocess: dict[str, Any] | None = None,
-        model_config: dict[str, Any] | None = None,
+        model_config: ModelConfig | None = None,
     ) -> None:
         super().__init__(frozen=frozen, freeze_norm=freeze_norm)
         self.name = canonical_name(name, pretrained)
+        self._config = None if model_config is None else clip_config(self.name, model_config)
         self.pool = pool
         self.tokens = tokens
         if pretrained is None and checkpoint_path is None:
-            visual = make_visual(self.name, model_config, img_size)
+            visual = make_visual(self.name, self._config, img_size)
         else:
-            visual = make_clip(self.name, pretrained, checkpoint_path, model_config, img_size).visual
+            visual = make_clip(self.name, pretrained, checkpoint_path, self._config, img_size).visual
         size = visual.image_size
         self.img_size: tuple[int, int] = (size, size) if isinstance(size, int) else tuple(size)
         self.preprocess = _preprocess(getattr(visual, "preprocess_cfg", {}), preprocess or {})
@@ -110,8 +111,8 @@ class OpenClipBackbone(Backbone):
         return ImageStats(tuple(self.preprocess["mean"]), tuple(self.preprocess["std"]))
 
     def portable_init_args(self) -> dict[str, Any]:
-        """The same tower without a source of weights; how the weights want their pixels is written out."""
-        sources = {"pretrained": None, "checkpoint_path": None}
+        """The same tower without a source of weights; configuration and wanted pixels are written out."""
+        sources = {"pretrained": None, "checkpoint_path": None, "model_config": self._config}
         return {**super().portable_init_args(), **sources, "name": self.name, "preprocess": self.preprocess}
 
     def _transform(self, training: bool) -> Transform:

@@ -27,7 +27,7 @@ ROWS = {
     "split": ("N",),
 }
 """Arrays of a file with a row a sample, and their shapes."""
-TABLES = ("text_embeddings", "concept_names", "class_names")
+TABLES = ("text_embeddings", "class_embeddings", "concept_names", "class_names")
 """Arrays that a file holds once."""
 
 
@@ -37,8 +37,9 @@ class PrecomputedFeatures(ConceptDataModule):
     A file holds ``embedding [N, D]`` or ``tokens [N, T, D]`` (whose mean is the embedding where there is none) and
     ``label [N]``; optionally ``token_mask [N, T]`` (False for padding), ``concepts [N, K]`` in [0, 1] with NaN where
     not annotated, ``certainty [N, K]``, ``group [N]``, ``split [N]`` (0, 1, 2 or ``train``, ``val``, ``test``; any
-    other value leaves the row out), ``text_embeddings [K, D]`` (they become the embeddings of the `concept_set`), and
-    the string arrays ``concept_names [K]`` and ``class_names [L]``. Without ``concepts`` no concept is annotated, which
+    other value leaves the row out), ``text_embeddings [K, D]`` (they become the embeddings of the `concept_set`),
+    ``class_embeddings [L, D]`` (the same for the classes), and the string arrays ``concept_names [K]`` and
+    ``class_names [L]``. Without ``concepts`` no concept is annotated, which
     is enough for bottlenecks that read texts. Files of `CachedFeatures` can be read too.
 
     Args:
@@ -93,6 +94,7 @@ class PrecomputedFeatures(ConceptDataModule):
             tables = found | tables
         self._concept_set = self._make_concept_set(concepts, tables)
         self._class_names = self._make_class_names(classes, tables)
+        self._class_embeddings = self._make_class_embeddings(tables)
         self._check_concepts()
         if set(self._parts) == {"all"}:
             self._parts = self._divide({"test": test_fraction, "val": val_fraction})
@@ -106,6 +108,11 @@ class PrecomputedFeatures(ConceptDataModule):
     def class_names(self) -> list[str]:
         """The classes in label order."""
         return self._class_names
+
+    @property
+    def class_embeddings(self) -> Tensor | None:
+        """``[L, D]`` text vectors of the classes, for heads that read texts; None if the files have none."""
+        return self._class_embeddings
 
     @property
     def feature_dim(self) -> int:
@@ -172,20 +179,35 @@ class PrecomputedFeatures(ConceptDataModule):
             raise ValueError(f"concepts: expected {len(made)} columns for {_few(made.names)}, got {sorted(widths)}")
         if texts is None:
             return made
-        embeddings = _as_tensor("text_embeddings", texts, next(iter(self.paths.values()))).float()
-        if not embeddings.isfinite().all():
-            raise ValueError("text_embeddings: expected finite numbers, got NaN or infinity")
-        return ConceptSet(made.names, made.groups, made.kinds, made.texts, embeddings)
+        return ConceptSet(made.names, made.groups, made.kinds, made.texts, self._vectors("text_embeddings", texts))
 
     def _make_class_names(self, given: list[str] | None, tables: dict[str, Any]) -> list[str]:
         labels = torch.cat([rows["label"] for rows in self._parts.values()])
         names = tables["class_names"].tolist() if given is None and "class_names" in tables else given
-        known = [str(name) for name in (range(int(labels.max()) + 1) if names is None else names)]
+        number = max(int(labels.max()) + 1, len(tables.get("class_embeddings", ())))
+        known = [str(name) for name in (range(number) if names is None else names)]
         outside = (labels < 0) | (labels >= len(known))
         if outside.any():
             wrong = sorted(set(labels[outside].tolist()))
             raise ValueError(f"label: expected 0 to {len(known) - 1} for the classes {_few(known)}, got {_few(wrong)}")
         return known
+
+    def _make_class_embeddings(self, tables: dict[str, Any]) -> Tensor | None:
+        if "class_embeddings" not in tables:
+            return None
+        vectors = self._vectors("class_embeddings", tables["class_embeddings"])
+        if vectors.ndim != 2 or len(vectors) != len(self._class_names):
+            raise ValueError(
+                f"class_embeddings: expected [{len(self._class_names)}, D], a row a class of "
+                f"{_few(self._class_names)}, got {list(vectors.shape)}"
+            )
+        return vectors
+
+    def _vectors(self, role: str, array: Any) -> Tensor:
+        vectors = _as_tensor(role, array, next(iter(self.paths.values()))).float()
+        if not vectors.isfinite().all():
+            raise ValueError(f"{role}: expected finite numbers, got NaN or infinity")
+        return vectors
 
     def _check_concepts(self) -> None:
         bounded = ~self._concept_set.is_real()
