@@ -171,7 +171,9 @@ class PhasedTraining(PortableModule):
             # what a subclass adds trains in every phase
             groups.append({"params": others, "lr": self._lr_of(OTHER, self.phases[0]), "name": OTHER})
         if not groups:
-            raise ValueError("nothing to train: every parameter of backbone, bottleneck and head is frozen")
+            raise ValueError(
+                "nothing to train: every parameter of backbone, bottleneck and head is frozen; test or predict instead"
+            )
         self._optimizer = make_optimizer(self.optimizer_spec, groups, self.lr, self.weight_decay)
         if self.scheduler_spec is None:
             return self._optimizer

@@ -31,8 +31,12 @@ SHIPPED = {
     if path.name.endswith(".yaml")
 }
 # a system has a model; a fragment adds something to any of them
-RECIPES = sorted(name for name, content in SHIPPED.items() if "model" in content)
+RECIPES = sorted(name for name, content in SHIPPED.items() if "class_path" in content.get("model", {}))
 FRAGMENTS = sorted(SHIPPED.keys() - set(RECIPES))
+# these read the towers that `tiny_clip` writes
+WITH_TINY_CLIP = ["concept_matrix_search", "sparse_cbm"]
+# what has nothing to train is only ever tested
+TRAINED = [name for name in RECIPES if name != "concept_matrix_search"]
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +62,10 @@ def small_data(recipe: str, folder: Path) -> list[str]:
             lines.append(f"{i}.png,{'apple' if i % 3 else 'stone'},{i % 2},{int(i % 3 > 0)}")
         (folder / "table.csv").write_text("\n".join(lines))
         return [f"--data.root={folder}", "--data.batch_size=8", *TINY]
-    return ["--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"]
+    small = ["--data.num_train=64", "--data.num_val=16", "--data.num_test=16", "--data.batch_size=16"]
+    if recipe in WITH_TINY_CLIP:
+        main(["fit", "--config", "tiny_clip", *small, "--trainer.max_epochs=1", *SHORT])
+    return small
 
 
 def test_fragments_are_told_from_systems() -> None:
@@ -66,11 +73,15 @@ def test_fragments_are_told_from_systems() -> None:
     assert "quickstart" in RECIPES
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.filterwarnings("ignore::cbm_lightning.interventions.leakage_check.LeakageWarning")
+@pytest.mark.parametrize("recipe", TRAINED)
 def test_recipe_trains_and_tests(recipe: str, tmp_path: Path) -> None:
-    cli = main(["fit", "--config", recipe, *small_data(recipe, tmp_path), "--trainer.max_epochs=2", *SHORT])
+    phases = SHIPPED[recipe]["model"]["init_args"].get("phases", "joint")
+    epochs = max(2, sum(phase.get("epochs", 1) for phase in phases) if isinstance(phases, list) else 0)
+    flags = [*small_data(recipe, tmp_path), f"--trainer.max_epochs={epochs}", *SHORT]
+    cli = main(["fit", "--config", recipe, *flags])
     metrics = cli.trainer.callback_metrics
-    assert cli.trainer.current_epoch == 2
+    assert cli.trainer.current_epoch == epochs
     assert 0.0 <= metrics["test/label_acc"] <= 1.0
     assert torch.isfinite(metrics["test/loss"])
     folder = Path(cli.trainer.log_dir)
@@ -85,16 +96,42 @@ BIRDS = [
     for name in RECIPES
     if SHIPPED[name]["data"]["class_path"] == "RenderedBirds"
     and SHIPPED[name]["model"]["class_path"] == "CBMModule"
-    and name != "locality"
+    and name not in ("locality", *WITH_TINY_CLIP)
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*annotated .or visible. in none of")
 @pytest.mark.parametrize("recipe", BIRDS)
 def test_one_override_moves_a_recipe_to_cub(recipe: str, tmp_path: Path) -> None:
     flags = [*small_data("cub_joint", tmp_path), *SHORT]
     cli = main(["fit", "--config", recipe, "--config", "cub", *flags, "--trainer.fast_dev_run=true"])
     assert type(cli.datamodule).__name__ == "CUB200"
     assert len(cli.model.concept_set) == len(cli.datamodule.concept_set) or cli.model.bottleneck.discovers
+
+
+@pytest.mark.filterwarnings("ignore:.*no words of the vocabulary")
+@pytest.mark.parametrize("recipe", WITH_TINY_CLIP)
+def test_texts_move_to_cub_with_their_towers(recipe: str, tmp_path: Path) -> None:
+    small_data(recipe, tmp_path)
+    flags = [flag for flag in small_data("cub_joint", tmp_path) if flag.startswith("--data.")]
+    kind = "fit" if recipe in TRAINED else "test"
+    cli = main([kind, "--config", recipe, "--data=CUB200", *flags, "--trainer.fast_dev_run=true", *SHORT[3:]])
+    assert type(cli.datamodule).__name__ == "CUB200"
+
+
+def test_concept_matrices_classify_without_training(tmp_path: Path) -> None:
+    data = small_data("concept_matrix_search", tmp_path)
+    cli = main(["test", "--config", "concept_matrix_search", *data, *SHORT[3:]])
+    assert 0.0 <= cli.trainer.callback_metrics["test/label_acc"] <= 1.0
+    assert list(cli.model.head.parameters()) == []
+    with pytest.raises(ValueError, match="nothing to train.*test or predict instead"):
+        main(["fit", "--config", "concept_matrix_search", *data, "--trainer.max_epochs=1", *SHORT])
+
+
+@pytest.mark.parametrize("recipe", WITH_TINY_CLIP)
+def test_missing_towers_are_named(recipe: str) -> None:
+    with pytest.raises(FileNotFoundError, match="cbm fit --config tiny_clip"):
+        main(["test", "--config", recipe, *SHORT[3:]])
 
 
 @pytest.mark.filterwarnings("ignore::cbm_lightning.interventions.leakage_check.LeakageWarning")

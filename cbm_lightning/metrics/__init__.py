@@ -1,10 +1,12 @@
 """Metrics of concepts, in torchmetrics style: how well they are predicted, where they look, what rests on them."""
 
 from cbm_lightning.metrics.accuracy import ConceptAccuracy, ConceptJointAccuracy
+from cbm_lightning.metrics.brier import ConceptBrierScore
 from cbm_lightning.metrics.calibration import ConceptCalibrationError
 from cbm_lightning.metrics.concept_existence import ConceptExistence
 from cbm_lightning.metrics.concept_importance import ConceptGlobalImportance
 from cbm_lightning.metrics.concept_location import ConceptLocation
+from cbm_lightning.metrics.concept_purity import ConceptPurity
 from cbm_lightning.metrics.faithfulness import (
     AverageDrop,
     AverageGain,
@@ -12,6 +14,15 @@ from cbm_lightning.metrics.faithfulness import (
     DeletionAUC,
     InsertionAUC,
     RandomisationSimilarity,
+)
+from cbm_lightning.metrics.leakage import (
+    Completeness,
+    ConceptTaskLeakage,
+    ConditionalLeakage,
+    HeadOnTruth,
+    InterConceptLeakage,
+    NicheImpurity,
+    OracleImpurity,
 )
 from cbm_lightning.metrics.localisation import (
     EnergyInMask,
@@ -32,6 +43,7 @@ __all__ = [
     "ConceptJointAccuracy",
     "ConceptAUROC",
     "ConceptAveragePrecision",
+    "ConceptBrierScore",
     "ConceptCalibrationError",
     "RealConceptError",
     "PointingGame",
@@ -45,6 +57,7 @@ __all__ = [
     "KeypointDistance",
     "ConceptLocation",
     "ConceptExistence",
+    "ConceptPurity",
     "ConceptGlobalImportance",
     "DeletionAUC",
     "InsertionAUC",
@@ -52,4 +65,11 @@ __all__ = [
     "AverageIncrease",
     "AverageGain",
     "RandomisationSimilarity",
+    "ConceptTaskLeakage",
+    "InterConceptLeakage",
+    "ConditionalLeakage",
+    "HeadOnTruth",
+    "OracleImpurity",
+    "NicheImpurity",
+    "Completeness",
 ]

@@ -55,6 +55,30 @@ CASES: dict[str, Case] = {
     "gated": Case(lambda: bottlenecks.LinearBottleneck(gates=True), losses=("concept", "l0")),
     "embedding": Case(lambda: bottlenecks.EmbeddingBottleneck(3), closed=False),
     "similarity": Case(lambda: bottlenecks.SimilarityBottleneck(), options={"concepts": texts()}, losses=()),
+    "probcbm": Case(lambda: bottlenecks.ProbabilisticBottleneck(4, samples=8), losses=("concept", "kl")),
+    "probcbm, sampled": Case(
+        lambda: bottlenecks.ProbabilisticBottleneck(4, samples=8, inference="sample"), losses=("concept", "kl")
+    ),
+    "ecbm": Case(lambda: bottlenecks.EnergyBottleneck(16), exports=False, losses=("concept", "coherence")),
+    "scbm": Case(lambda: bottlenecks.StochasticBottleneck(samples=12), losses=("concept", "precision")),
+    "scbm, global": Case(
+        lambda: bottlenecks.StochasticBottleneck("global", samples=12), losses=("concept", "precision")
+    ),
+    "autoregressive": Case(lambda: bottlenecks.AutoregressiveBottleneck(hidden=6, samples=12)),
+    "intcem": Case(
+        lambda: bottlenecks.InterventionAwareBottleneck(3, unit="concept", hidden=(8,)),
+        closed=False,
+        losses=("concept", "imitation"),
+    ),
+    "sparse_cbm": Case(lambda: bottlenecks.ConceptLayerBottleneck(), options={"concepts": texts()}, losses=("gumbel",)),
+    "botcl": Case(
+        lambda: bottlenecks.SlotBottleneck(width=8, initial_sum=1.0),
+        options={"concepts": 5},
+        losses=("retrieval", "area", "quantization", "distinctiveness", "consistency"),
+    ),
+    "sl_cbm": Case(
+        lambda: bottlenecks.SpatialBottleneck(losses=("entropy", "mask")), losses=("concept", "entropy", "mask")
+    ),
 }
 
 
@@ -87,7 +111,9 @@ def correction(model: CBMModule, prediction: Prediction, which: str, seed: int =
 
 def samples(prediction: Prediction, content: Batch) -> Samples:
     """What a study corrects: the batch, about which a person knows everything."""
-    truth = content["concepts"].float()[:, : prediction.concepts.probs.shape[1]]
+    # of discovered concepts nobody knows the truth, but a person may still set them
+    known = content["concepts"].float()
+    truth = known if known.shape == prediction.concepts.probs.shape else (prediction.concepts.probs < 0.5).float()
     everything = torch.ones_like(truth, dtype=torch.bool)
     index = torch.arange(len(truth))
     return Samples(prediction, Answers(truth, truth, everything), content["label"], index, everything[:, 0])
