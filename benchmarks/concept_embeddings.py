@@ -50,15 +50,15 @@ KEEP_LAST = {
 
 
 def linear(**options: Any) -> Overrides:
-    """A linear bottleneck in place of the recipe's."""
-    return {"bottleneck": {"class_path": "LinearBottleneck", "init_args": options}}
+    """A linear bottleneck in place of the recipe's; its head reads few numbers in [0, 1] and needs larger steps."""
+    return {"bottleneck": {"class_path": "LinearBottleneck", "init_args": options}, "lr_multipliers": {"head": 10}}
 
 
 INCOMPLETE: dict[str, Overrides] = {
     "linear, joint": linear(),
     "linear, sequential": {**linear(), "phases": "sequential"},
     "embeddings": {},
-    "black box": {**linear(extra_dims=64), "loss_weights": {"concept": 0}},
+    "black box": {**linear(extra_dims=64), "lr_multipliers": {}, "loss_weights": {"concept": 0}},
 }
 ANY = ["rand", "ucp", "coop"]
 CORRECTED = {"embeddings": ANY, "intervention-aware": [*ANY, "prior", "prior, likeliest"]}
@@ -109,7 +109,10 @@ def accuracies(model: CBMModule, data: Overrides, seed: int) -> dict[str, float]
 def corrections(seed: int, trials: int, folder: Path) -> pd.DataFrame:
     """A row a model and policy: label accuracies at some budgets and the area under the curve."""
     birds, epochs = data_of("intcem"), yaml.safe_load((RECIPES / "intcem.yaml").read_text())["trainer"]["max_epochs"]
-    same = {"trainer": {"max_epochs": epochs}, "data": {"init_args": {**birds, "kept_groups": None}}}
+    same = {
+        "trainer": {"max_epochs": epochs, "callbacks": [KEEP_LAST]},
+        "data": {"init_args": {**birds, "kept_groups": None}},
+    }
     runs = {"embeddings": ("cem", same), "intervention-aware": ("intcem", {})}
     rows = []
     for name, (recipe, overrides) in runs.items():
@@ -117,7 +120,7 @@ def corrections(seed: int, trials: int, folder: Path) -> pd.DataFrame:
         result = study(model, birds, CORRECTED[name], seed, trials)
         for policy in CORRECTED[name]:
             scores = result.scores(policy).mean(0)
-            curve = {str(budget): float(scores[budget]) for budget in BUDGETS}
+            curve = {str(budget): round(float(scores[budget]), 4) for budget in BUDGETS}
             row = {"model": name, "policy": policy, "seed": seed, **curve}
             rows.append({**row, "area": float(area(result.budgets, scores))})
             print(f"seed {seed}, {name}, {policy}: area {rows[-1]['area']:.3f}, {curve}", flush=True)

@@ -268,8 +268,8 @@ def show(found: pd.DataFrame, by: str) -> None:
     print(f"| {by} | {' | '.join(mean.columns)} |\n|{' --- |' * (len(mean.columns) + 1)}")
     for name, row in mean.iterrows():
         spreads = deviation.loc[name]
-        cells = ["" if pd.isna(value) else f"{value:.3f} ({spreads[key]:.3f})" for key, value in row.items()]
-        print(f"| {name} | {' | '.join(cells)} |")
+        texts = ["" if pd.isna(value) else f"{value:.3f} ({spreads[key]:.3f})" for key, value in row.items()]
+        print(f"| {name} | {' | '.join(texts)} |")
 
 
 def run() -> None:

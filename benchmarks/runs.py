@@ -12,7 +12,10 @@ import yaml
 from cbm_lightning import CBMModule
 from cbm_lightning.cli import main
 
-KEEP_LAST = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+KEEP_LAST = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {"save_last": True, "monitor": None},
+}
 QUIET = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu", "callbacks": [KEEP_LAST]}
 
 
@@ -42,6 +45,10 @@ def trained(recipe: str, name: str, seed: int, folder: Path, overrides: dict[str
 
 def spread(table: pd.DataFrame, by: Sequence[str], digits: int = 3) -> pd.DataFrame:
     """Mean and standard deviation over seeds of every other column, as ``.123 (.004)``, a row a value of ``by``."""
-    grouped = table.drop(columns="seed").groupby(list(by), sort=False)
-    mean, deviation = grouped.mean(), grouped.std()
-    return mean.combine(deviation, lambda m, s: [f"{a:.{digits}f} ({b:.{digits}f})" for a, b in zip(m, s, strict=True)])
+
+    def tell(values: pd.Series) -> str:
+        mean, deviation = values.mean(), values.std()
+        # of one seed there is no deviation
+        return f"{mean:.{digits}f}" + ("" if pd.isna(deviation) else f" ({deviation:.{digits}f})")
+
+    return table.drop(columns="seed").groupby(list(by), sort=False).agg(tell)

@@ -46,7 +46,7 @@ KEEP_LAST = {
     "init_args": {"monitor": None, "save_last": True},
 }
 LINEAR = {"class_path": "LinearBottleneck", "init_args": {"link": "sigmoid"}}
-CONCEPT, FROZEN_LR = 10.0, 0.02
+CONCEPT, SPATIAL_LR = 10.0, 0.02
 SHOWN = ["beak: long", "tail: forked", "crest: present", "wing colour: red"]
 
 
@@ -56,12 +56,10 @@ class Variant(NamedTuple):
     Attributes:
         weights: Losses beside that of the concepts, with their weights.
         masked: Share of the training images that have masks.
-        frozen: Whether the backbone stays that of the linear bottleneck.
     """
 
     weights: dict[str, float]
     masked: float = 0.0
-    frozen: bool = True
 
 
 VARIANTS = {
@@ -69,7 +67,6 @@ VARIANTS = {
     "spatial, entropy": Variant({"entropy": 0.2}),
     "spatial, 10 % masks": Variant({"mask": 5.0}, masked=0.1),
     "spatial, all masks": Variant({"mask": 5.0}, masked=1.0),
-    "spatial, all masks, backbone trains": Variant({"mask": 5.0}, masked=1.0, frozen=False),
 }
 
 
@@ -119,10 +116,9 @@ def spatial(variant: Variant, name: str, seed: int, options: argparse.Namespace)
     if not weights.exists():
         torch.save(linear(seed, options).backbone.model.state_dict(), weights)
     bottleneck = {"class_path": "SpatialBottleneck", "init_args": {"losses": list(variant.weights)}}
-    backbone = {"checkpoint_path": str(weights.resolve()), "frozen": variant.frozen}
+    backbone = {"checkpoint_path": str(weights.resolve()), "frozen": True}
     model = overrides(options, bottleneck, {"concept": CONCEPT, **variant.weights}, backbone, variant.masked)
-    if variant.frozen:
-        model["model"]["init_args"]["lr"] = FROZEN_LR
+    model["model"]["init_args"]["lr"] = SPATIAL_LR
     return trained(
         "sl_cbm", name.replace(" ", "_").replace(",", "").replace("%", "percent"), seed, options.models, model
     )

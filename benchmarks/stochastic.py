@@ -199,9 +199,9 @@ def run() -> None:
     parser.add_argument("--pixels", type=int, default=32)
     parser.add_argument("--num_train", type=int, default=3000)
     parser.add_argument("--backbone_epochs", type=int, default=6)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--head_epochs", type=int, default=15)
-    parser.add_argument("--lr", type=float, default=0.003)
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--head_epochs", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--stage", choices=["val", "test"], default="test", help="val to choose settings on")
     options = parser.parse_args()
     sys.argv = sys.argv[:1]  # the command line is called from Python below

@@ -72,11 +72,12 @@ class Encoder(LightningModule):
         self.text = OpenClipTextEncoder("tiny_clip", templates=["{}"], **files)
 
 
-def tiny_clip(seed: int, folder: Path) -> Path:
+def tiny_clip(seed: int, folder: Path, epochs: int | None = None) -> Path:
     """The folder of a tiny CLIP, trained if need be."""
     home = folder / f"clip-{seed}"
     if not (home / "model.safetensors").exists():
         arguments = ["fit", "--config", "tiny_clip", f"--seed_everything={seed}", f"--data.seed={seed}"]
+        arguments += [f"--trainer.max_epochs={epochs}"] if epochs else []
         arguments += [f"--model.export_to={home}", f"--trainer.logger.save_dir={home}", "--trainer.accelerator=cpu"]
         stopped = sorted(home.rglob("last.ckpt"), key=lambda path: path.stat().st_mtime)
         main([*arguments, "--trainer.enable_progress_bar=false", *(f"--ckpt_path={path}" for path in stopped[-1:])])
@@ -213,6 +214,7 @@ def run() -> None:
     parser.add_argument("--shared", type=Path, default=Path("../shared"), help="folder with data/skin_clip")
     parser.add_argument("--parts", nargs="+", default=["birds", "skin"], choices=["birds", "skin"])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--clip_epochs", type=int, help="of the recipe tiny_clip, its own by default")
     parser.add_argument("--models", type=Path, help="keep the trained models here, and use those that are there")
     options = parser.parse_args()
     sys.argv = sys.argv[:1]  # the command line is called from Python below
@@ -222,7 +224,7 @@ def run() -> None:
         folder = options.models or Path(scratch)
         for seed in range(options.seeds):
             if "birds" in options.parts:
-                home = tiny_clip(seed, folder)
+                home = tiny_clip(seed, folder, options.clip_epochs)
                 for kind, species in {"seen": 0, "new": 1 + seed}.items():
                     path = bird_features(home, species, seed)
                     texts.append({"data": f"{kind} birds", "seed": seed, **untrained(path)})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 # inches a row or column; names are left out where they would not be legible
 CELL, SMALLEST_CELL, LONGEST_SIDE = 0.2, 0.03, 11.0
-LETTER, EDGE, LEGIBLE = 0.07, 0.9, 0.1
+LETTER, EDGE, TITLE, LEGIBLE = 0.07, 0.9, 0.8, 0.1
 COLOURS = "viridis"
 UNKNOWN = "#d5d9e0"
 
@@ -41,7 +41,7 @@ def draw_conditionals(
     cell = max(min(CELL, LONGEST_SIDE / max(classes, concepts)), SMALLEST_CELL)
     named = cell >= LEGIBLE
     margin = EDGE + (LETTER * max(map(len, [*class_names, *concept_names])) if named else 0.0)
-    height = margin + cell * max(classes, concepts)
+    height = margin + TITLE + cell * max(classes, concepts)
     figure = Figure(
         figsize=(2 * margin + 2 * cell * concepts + 1.0, height), dpi=110, facecolor="white", layout="constrained"
     )

@@ -55,7 +55,7 @@ class LeakageReport(NamedEvaluation):
         max_samples: So many samples of each split at most, drawn by ``seed``; leakage by nearest neighbours can be
             compared at equal numbers only.
         folds: Of the evaluated split.
-        repeats: Folds and probes are drawn so often.
+        repeats: Folds and probes are drawn so often; impurities take the first.
         every_n_epochs: Run in every n-th validation of a fit.
         seed: Of all draws.
         name: Stands in the log keys, so that several reports can work in one Trainer.
@@ -81,8 +81,8 @@ class LeakageReport(NamedEvaluation):
         reads: Reads = "values",
         fit_on: Literal["folds", "val"] = "folds",
         max_samples: int = 2000,
-        folds: int = 3,
-        repeats: int = 3,
+        folds: int = 5,
+        repeats: int = 2,
         every_n_epochs: int = 1,
         seed: int = 0,
         name: str = "leakage",
@@ -96,7 +96,7 @@ class LeakageReport(NamedEvaluation):
             raise ValueError(f"fit_on: expected 'folds' or 'val', got {fit_on!r}")
         if fit_on == "val" and "val" in stages:
             raise ValueError("fit_on: probes fitted on the validation split cannot be judged on it; use 'folds'")
-        for field, value, least in (("max_samples", max_samples, 50), ("folds", folds, 2), ("repeats", repeats, 2)):
+        for field, value, least in (("max_samples", max_samples, 50), ("folds", folds, 3), ("repeats", repeats, 2)):
             if value < least:
                 raise ValueError(f"{field}: expected at least {least}, got {value}")
         self.measures: list[Measure] = [measure for measure in MEASURES if measure in measures]

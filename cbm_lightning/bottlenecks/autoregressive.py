@@ -236,7 +236,8 @@ class AutoregressiveBottleneck(Bottleneck):
     def _given(self, features: Features, told: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """Probabilities ``[B, K]`` and draws ``[B, S, K]``, given ``told [B, K]`` (NaN where nothing is known)."""
         drawn, logits = self._draw(features, self._noise(len(told), samples), told)
-        weight = self._likelihood(logits, told.unsqueeze(1)).softmax(1)
+        with torch.autocast(logits.device.type, enabled=False):
+            weight = self._likelihood(logits, told.unsqueeze(1)).softmax(1)
         known = ~told.isnan()
         # probabilities have less noise, but know nothing of what was told after them, or of their own group
         informed = known.to(logits) @ self.visible > 0

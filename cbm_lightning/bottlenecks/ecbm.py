@@ -87,7 +87,7 @@ class EnergyBottleneck(Bottleneck):
         flip_samples: float = 0.2,
         flip_concepts: float = 0.2,
         associate: bool = True,
-        steps: int = 50,
+        steps: int = 20,
         step_size: float = 0.1,
         start: Literal["amortised", "zero"] = "amortised",
         weights: Sequence[float] = (1.0, 1.0, 0.01),

@@ -75,8 +75,8 @@ class SpatialBottleneck(ScalarBottleneck):
     Losses beside ``concept``, each computed only where it is listed in ``losses``:
 
     - ``entropy``, in ``[0, log K]``: of the softmax over the concepts of a cell, averaged over the real cells of the
-      batch, so that it does not grow with the grid. The official code sums it over the cells and multiplies by 5,
-      beside ``1e4`` times the L1 concept loss: weights in proportion here are 1 and 10.
+      batch, so that it does not grow with the grid. The official code sums it over 196 cells and multiplies by 5,
+      beside ``1e4`` times the L1 concept loss: weights in that proportion are 1 and 10 here.
     - ``contrastive``, at least 0: samples of one class should have pooled scores in one direction. Cross-entropy, at
       temperature 1, of cosine similarities within the batch, every other sample of the same class being right (the
       official code draws pairs and calls other samples of the class wrong). Zero in a batch without two of a class.

@@ -34,7 +34,7 @@ class ConceptLayerBottleneck(SimilarityBottleneck):
 
     - ``gumbel``: entropy of the Gumbel-softmax of ``z``, over the concepts of each image and over the images of each
       concept, each divided by its largest value and averaged: 0 where each image has one concept and each concept one
-      image, 1 where nothing stands out. This is what the paper means by sparsity.
+      image, 1 where nothing stands out. Our reading of what the paper wants of its loss; see the next one.
     - ``gumbel_reference``: the formula of the official code, half the sum over both axes of the mean of minus the
       log of the Gumbel-softmax. Uniform ``z`` minimise it, so it flattens activations; for comparison only.
     - ``contrastive``: the symmetric cross-entropy of CLIP between images and concepts, where the partner of an image

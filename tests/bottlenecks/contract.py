@@ -59,7 +59,7 @@ CASES: dict[str, Case] = {
     "probcbm, sampled": Case(
         lambda: bottlenecks.ProbabilisticBottleneck(4, samples=8, inference="sample"), losses=("concept", "kl")
     ),
-    "ecbm": Case(lambda: bottlenecks.EnergyBottleneck(16), exports=False, losses=("concept", "coherence")),
+    "ecbm": Case(lambda: bottlenecks.EnergyBottleneck(16, steps=2), losses=("concept", "coherence", "association")),
     "scbm": Case(lambda: bottlenecks.StochasticBottleneck(samples=12), losses=("concept", "precision")),
     "scbm, global": Case(
         lambda: bottlenecks.StochasticBottleneck("global", samples=12), losses=("concept", "precision")

@@ -119,6 +119,10 @@ class Splits(NamedTuple):
         """Some of the rows."""
         return Splits(*(part[..., rows] for part in self))
 
+    def few(self) -> Splits:
+        """The folds of one repeat, in which every row is judged once; all repeats where there are no folds."""
+        return self if self.fit.shape[1] == 1 else Splits(*(part[:1] for part in self))
+
     def flat(self) -> Splits:
         """``[R * F, N]``, a group a repeat and fold."""
         return Splits(*(part.flatten(0, 1) for part in self))

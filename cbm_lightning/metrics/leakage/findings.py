@@ -14,7 +14,7 @@ DOUBT = 0.001
 NAMED = 5
 """So many concepts are named at most."""
 ADVICE = (
-    "What helps: train the label head on annotations (phases: independent), let it read hard concepts, weigh the "
+    "What lessens it: train the label head on annotations (phases: independent), let it read hard concepts, weigh the "
     "concept loss more, or give the concept set what it misses; a residual head beside the concepts says openly what "
     "they cannot."
 )
@@ -122,7 +122,7 @@ def _conditional(said: list[str], found: Measurement, names: Sequence[str]) -> b
         each = leaking(found.per_concept, found.concept_error)
         if each:
             listed = ", ".join(f"{names[k]} ({float(found.per_concept[k]):.3f})" for k in each[:NAMED])
-            said.append(f"By itself {len(each)} of {len(names)} concepts do; most of it is in: {listed}.")
+            said.append(f"Each by itself, {len(each)} of {len(names)} concepts carry some of it, most: {listed}.")
         leaks = leaks or bool(each)
     if "extra" in found.details and is_found(found.details["extra"], found.details["extra_error"]):
         said.append(
@@ -170,8 +170,9 @@ def _other_concepts(said: list[str], found: Measurement, names: Sequence[str]) -
         )
     else:
         said.append(
-            f"Predicted concepts tell the other concepts no better than the true ones do ({excess:+.3f} ±{error:.3f} "
-            f"of AUROC; oracle impurity {found.value:.3f}, which counts wrong concepts too)."
+            "Predicted concepts are not found to tell the other concepts better than the true ones do "
+            f"({excess:+.3f} ±{error:.3f} of AUROC; oracle impurity {found.value:.3f}, which counts wrong concepts "
+            "too)."
         )
 
 
@@ -179,8 +180,9 @@ def _niches(said: list[str], found: Measurement, names: Sequence[str]) -> None:
     details = found.details
     impure = is_found(details["excess"], details["excess_error"], repeats=int(details["repeats"]))
     said.append(
-        f"What lies outside a concept's niche tells it {'better' if impure else 'no better'} than among the true "
-        f"concepts (niche impurity {found.value:.3f} against {details['truth']:.3f}, ±{details['excess_error']:.3f})."
+        f"What lies outside a concept's niche tells it {'better' if impure else 'not provably better'} than among the "
+        f"true concepts (niche impurity {found.value:.3f} against {details['truth']:.3f}, "
+        f"±{details['excess_error']:.3f})."
     )
 
 

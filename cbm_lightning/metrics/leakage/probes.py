@@ -124,7 +124,7 @@ def label_nll(logits: Tensor, outcomes: Tensor, task: Task) -> Tensor:
 def label_correct(logits: Tensor, outcomes: Tensor, task: Task) -> Tensor:
     """``[..., N]`` whether the likeliest label is the true one; the share of right ones for several labels."""
     right = label_log_probs(logits, task).argmax(-1) == outcomes
-    return right.double().mean(-1)
+    return right.float().mean(-1)
 
 
 def concept_loss(logits: Tensor, concepts: Tensor) -> Tensor:

@@ -127,8 +127,10 @@ def measure_leakage(
     """Measure leakage and say what was found.
 
     Args:
-        sightings: Of the model.
-        splits: Of its samples. Those that are never judged serve for fitting probes alone.
+        sightings: Of the model. Where hardly any sample is annotated completely, ``conditional_mi`` and the probe on
+            the truth are left out, and a sentence says so.
+        splits: Of its samples. Those that are never judged serve for fitting probes alone. Impurities, which cost
+            most, are measured on the folds of the first repeat.
         names: Of the concepts.
         measures: Which measures to take.
         seed: Of all draws.
@@ -143,9 +145,11 @@ def measure_leakage(
     seen = sightings.rows(judged)
     found: dict[str, Measurement] = {}
     complete = evidence.complete
+    of_complete = splits.rows(complete)
+    enough = all(bool(part.any(-1).all()) for part in of_complete)
     probe: TruthProbe | None = None
-    if {"conditional_mi", "head_on_truth"} & set(measures) and bool(splits.rows(complete).fit.any(-1).all()):
-        probe = TruthProbe(evidence.rows(complete), splits.rows(complete), seed)
+    if enough and {"conditional_mi", "head_on_truth"} & set(measures):
+        probe = TruthProbe(evidence.rows(complete), of_complete, seed)
     for measure in measures:
         match measure:
             case "ctl":
@@ -153,21 +157,27 @@ def measure_leakage(
             case "icl":
                 found[measure] = inter_concept_leakage(seen.evidence, seed=seed)
             case "conditional_mi":
-                found[measure] = conditional_information(evidence, splits, seed, probe=probe)
+                if enough:
+                    found[measure] = conditional_information(evidence, splits, seed, probe=probe)
             case "head_on_truth":
                 found[measure] = head_on_truth(seen.correct, _needed(seen.correct_on_truth, measure))
                 if probe is not None:
                     found["ceiling"] = ceiling_gap(evidence, splits, correct, seed, probe)
             case "ois":
-                found[measure] = oracle_impurity_score(evidence, splits, seed)
+                found[measure] = oracle_impurity_score(evidence, splits.few(), seed)
             case "nis":
-                found[measure] = niche_impurity_score(evidence, splits, seed)
+                found[measure] = niche_impurity_score(evidence, splits.few(), seed)
             case "completeness":
                 features = _needed(sightings.features, measure)
                 found[measure] = completeness_score(evidence, splits, correct, features, seed)
             case _:
                 raise ValueError(f"measures: expected any of {list(MEASURES)}, got {measure!r}")
     sentences = findings(found, names, float(seen.correct.mean()), int(judged.sum()), best_accuracy)
+    if "conditional_mi" in measures and not enough:
+        sentences.append(
+            f"Label information beyond the true concepts could not be measured: of {len(evidence)} samples "
+            f"{int(complete.sum())} are annotated completely."
+        )
     return LeakageResult(found, names, int(judged.sum()), best_accuracy, sentences)
 
 

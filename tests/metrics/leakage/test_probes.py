@@ -79,7 +79,7 @@ def test_likelihoods_are_those_of_torch() -> None:
     one = label_nll(logits[..., :1], bits[:, :1], "binary")[0].mean().item()
     assert one == pytest.approx(log_loss(bits[:, 0], logits[0, :, 0].sigmoid()), abs=1e-5)
     assert label_correct(logits[0], label[:, None], "multiclass").tolist() == (logits[0].argmax(1) == label).tolist()
-    right = ((logits[0] > 0) == bits.bool()).double().mean(1)
+    right = ((logits[0] > 0) == bits.bool()).float().mean(1)
     torch.testing.assert_close(label_correct(logits[0], bits, "multilabel"), right)
 
 
