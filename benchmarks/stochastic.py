@@ -217,7 +217,7 @@ def run() -> None:
                     kept.write_text(json.dumps(row(name, model, options.stage, data, truth)))
                 numbers = json.loads(kept.read_text())
                 rows.append({"correlation": correlation, "method": name, "seed": seed, **numbers})
-    print(spread(pd.DataFrame(rows), ["correlation", "method"]).to_markdown())
+    print(spread(pd.DataFrame(rows), ["correlation", "method"]).to_string())
 
 
 if __name__ == "__main__":

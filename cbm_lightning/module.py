@@ -22,7 +22,7 @@ from cbm_lightning.losses import ConceptLoss, label_loss
 from cbm_lightning.modes import evaluating
 from cbm_lightning.optimization import ClassSpec, check_positive, check_weights
 from cbm_lightning.phases import Phase
-from cbm_lightning.preflight import check_head, check_loss_names
+from cbm_lightning.preflight import check_discovery, check_head, check_loss_names
 from cbm_lightning.randomness import step_generator
 from cbm_lightning.reporting import EvaluationMetrics, RunningMeans, training_metrics
 from cbm_lightning.training import PhasedTraining
@@ -108,6 +108,7 @@ class CBMModule(PhasedTraining):
         self.backbone = create_backbone(backbone)
         self.backbone.build(facts.feature_dim)
         self.bottleneck = LinearBottleneck() if bottleneck is None else bottleneck
+        check_discovery(self.bottleneck, concepts)
         self.bottleneck.task = task
         self.bottleneck.build(self.backbone.dims, self.concept_set, self.num_classes)
         self.head = self.bottleneck.default_head() if head is None else head

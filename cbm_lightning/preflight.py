@@ -126,6 +126,19 @@ def check_head(bottleneck: Bottleneck, head: LabelHead) -> None:
         )
 
 
+def check_discovery(bottleneck: Bottleneck, concepts: object) -> None:
+    """Check that a bottleneck that finds its own concepts is told how many, and does not take the data's names for them.
+
+    Raises:
+        ValueError: Nobody said.
+    """
+    if bottleneck.discovers and concepts is None:
+        raise ValueError(
+            f"concepts: {type(bottleneck).__name__} discovers concepts of its own, which are not those of the data; say "
+            "how many, concepts=20 (model.concepts: 20)"
+        )
+
+
 def check_label_reaches(phases: Sequence[Phase], weights: Mapping[str, float], needs_label: bool) -> None:
     """Check that a bottleneck that learns from the label's gradient gets it wherever it trains.
 
@@ -137,7 +150,8 @@ def check_label_reaches(phases: Sequence[Phase], weights: Mapping[str, float], n
         if "bottleneck" in phase.train and not label:
             raise ValueError(
                 f"phase {phase.name!r} trains the bottleneck without the label's gradient, which tells it what the "
-                "label needs (gates would all close); train jointly, or leave that option out"
+                "label needs (gates would all close, discovered concepts would mean nothing); train jointly, or leave "
+                "that option out"
             )
 
 

@@ -220,7 +220,8 @@ class Intervention:
     """A correction of concepts.
 
     Attributes:
-        mask: ``[B, K]`` (or ``[B, T, K]``) bool, True where a person corrects.
+        mask: ``[B, K]`` (or ``[B, T, K]``) bool, True where a person corrects. ``[S, B, K]`` in training steps of
+            bottlenecks that draw another mask for each of their samples.
         values: Same shape, in data space: 0 or 1, a probability, or the value of a real concept. Read only where
             ``mask`` is True. NaN takes the concept out: the head reads zero there, so it contributes nothing.
         logits: Same shape or None; replaces ``values`` on the logit scale where a value strategy chose it.

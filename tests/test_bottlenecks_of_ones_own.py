@@ -177,6 +177,11 @@ def test_discovered_concepts_need_not_be_those_of_the_data() -> None:
     assert corrected.concepts.probs[:, 6].eq(1).all()
 
 
+def test_how_many_concepts_to_discover_must_be_said() -> None:
+    with pytest.raises(ValueError, match="Discovers discovers concepts of its own.*concepts=20"):
+        CBMModule(ToyBackbone(), Discovers(), data=ToyData())
+
+
 def test_nobody_can_say_what_is_true_of_discovered_concepts() -> None:
     trainer = quiet_trainer(callbacks=[InterventionEvaluation(["ucp"])])
     with pytest.raises(ValueError, match="concepts"):

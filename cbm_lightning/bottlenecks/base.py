@@ -136,7 +136,11 @@ class Bottleneck(Part):
         return {"concept": context.concept_loss(output.logits, batch["concepts"])}
 
     def training_mask(self, concepts: Tensor, generator: torch.Generator) -> Tensor | None:
-        """``[B, K]`` bool, which concepts to correct in a training step (RandInt), or None for none."""
+        """``[B, K]`` bool, which concepts to correct in a training step (RandInt), or None for none.
+
+        A bottleneck whose values are samples may return ``[S, B, K]``, another mask a sample, if its `intervene` takes
+        one.
+        """
         if self.randint == 0.0:
             return None
         rows = len(concepts) if self.randint_scope == "sample" else 1
