@@ -127,15 +127,15 @@ def check_head(bottleneck: Bottleneck, head: LabelHead) -> None:
 
 
 def check_discovery(bottleneck: Bottleneck, concepts: object) -> None:
-    """Check that a bottleneck that finds its own concepts is told how many, and does not take the data's names for them.
+    """Check that a bottleneck that finds concepts is told how many, rather than taking the data's names for them.
 
     Raises:
         ValueError: Nobody said.
     """
     if bottleneck.discovers and concepts is None:
         raise ValueError(
-            f"concepts: {type(bottleneck).__name__} discovers concepts of its own, which are not those of the data; say "
-            "how many, concepts=20 (model.concepts: 20)"
+            f"concepts: {type(bottleneck).__name__} discovers concepts of its own, which are not those of the data; "
+            "say how many, concepts=20 (model.concepts: 20)"
         )
 
 
