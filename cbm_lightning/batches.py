@@ -49,8 +49,8 @@ def check_batch(batch: Batch, concepts: ConceptSet, num_classes: int, task: Task
     elif needs_concepts:
         raise ValueError(
             f"the batch has no 'concepts', only {sorted(batch)}, but this bottleneck learns from annotated concepts; "
-            "yield (x, concepts, y) or a dict with 'concepts', or use a bottleneck that needs none, such as "
-            "SimilarityBottleneck"
+            "yield (x, concepts, y) or a dict with 'concepts', or use a bottleneck that needs none, such as one that "
+            "compares images with concept texts"
         )
 
 

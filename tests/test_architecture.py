@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
 import pytest
+
+from cbm_lightning import bottlenecks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = REPOSITORY / "cbm_lightning"
@@ -35,6 +38,20 @@ LAYERS = [
     ("callbacks",),
     ("recipes", "cli"),
 ]
+# module, training, callbacks, command line: what every method shares
+SHARED = {*LAYERS[3], "callbacks", "cli"}
+# what several methods share, and words that are also plain English
+SHARED_BOTTLENECK_FILES = {
+    "__init__",
+    "base",
+    "activation",
+    "draws",
+    "scalar",
+    "linear",
+    "embedding",
+    "similarity",
+    "autoregressive",
+}
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -92,3 +109,25 @@ def test_no_second_copy_of_the_callbacks_is_ever_loaded() -> None:
     import cbm_lightning.recipes  # noqa: F401
 
     assert not {"callbacks", "recipes"} & set(sys.modules)
+
+
+def test_shared_code_names_no_method() -> None:
+    """A method that shared code must know by name is a hole in the contract; the default one is the exception."""
+    methods = {path.stem for path in (PACKAGE / "bottlenecks").glob("*.py")} - SHARED_BOTTLENECK_FILES
+    classes = {name for name in vars(bottlenecks) if name.endswith("Bottleneck")} - {"Bottleneck", "LinearBottleneck"}
+    assert {"ecbm", "intcem"} <= methods
+    assert {"EnergyBottleneck", "SlotBottleneck"} <= classes
+    shared = [path for path in sources() if part_of(path) in SHARED and "recipes" not in path.parts]
+    assert {"module.py", "cli.py", "intervention_evaluation.py"} <= {path.name for path in shared}
+    words = {path: set(re.findall(r"\w+", without_docstrings(path))) for path in shared}
+    named = {(path.name, name) for path, found in words.items() for name in (methods | classes) & found}
+    assert named == set()
+
+
+def without_docstrings(path: Path) -> str:
+    """The code of a file; docstrings may well say where a default comes from."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)

@@ -230,7 +230,7 @@ def bad_rows(field: str, value) -> torch.utils.data.DataLoader:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("concepts", None, "has no 'concepts'.*SimilarityBottleneck"),
+        ("concepts", None, "has no 'concepts'.*compares images with concept texts"),
         ("label", None, "has no 'label'"),
         ("concepts", lambda c: c * 3, r"expected values in \[0, 1\] or NaN, got 3 for"),
         ("concepts", lambda c: c[:, :3], "the model has 4 concepts, the batch has the shape"),
