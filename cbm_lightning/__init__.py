@@ -3,9 +3,32 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from cbm_lightning.backbones import Backbone, create_backbone
-from cbm_lightning.bottlenecks import Bottleneck, EmbeddingBottleneck, LinearBottleneck, SimilarityBottleneck
+from cbm_lightning.bottlenecks import (
+    AutoregressiveBottleneck,
+    Bottleneck,
+    ConceptLayerBottleneck,
+    EmbeddingBottleneck,
+    EnergyBottleneck,
+    InterventionAwareBottleneck,
+    LinearBottleneck,
+    ProbabilisticBottleneck,
+    SimilarityBottleneck,
+    SlotBottleneck,
+    SpatialBottleneck,
+    StochasticBottleneck,
+)
 from cbm_lightning.concepts import ConceptSet
-from cbm_lightning.heads import LabelHead, LinearHead, MLPHead, ResidualHead
+from cbm_lightning.contrastive import ContrastiveModule
+from cbm_lightning.heads import (
+    ConceptMatrixHead,
+    LabelHead,
+    LinearHead,
+    MLPHead,
+    NormalizedHead,
+    PassThroughHead,
+    PrototypeHead,
+    ResidualHead,
+)
 from cbm_lightning.losses import ConceptLoss
 from cbm_lightning.module import CBMModule
 from cbm_lightning.phases import Phase
@@ -18,6 +41,7 @@ except PackageNotFoundError:  # a checkout that was never installed
 
 __all__ = [
     "CBMModule",
+    "ContrastiveModule",
     "ConceptSet",
     "Phase",
     "ConceptLoss",
@@ -26,11 +50,23 @@ __all__ = [
     "Bottleneck",
     "LinearBottleneck",
     "EmbeddingBottleneck",
+    "InterventionAwareBottleneck",
+    "ProbabilisticBottleneck",
+    "EnergyBottleneck",
+    "StochasticBottleneck",
+    "AutoregressiveBottleneck",
     "SimilarityBottleneck",
+    "ConceptLayerBottleneck",
+    "SlotBottleneck",
+    "SpatialBottleneck",
     "LabelHead",
     "LinearHead",
     "MLPHead",
     "ResidualHead",
+    "PrototypeHead",
+    "NormalizedHead",
+    "ConceptMatrixHead",
+    "PassThroughHead",
     "Features",
     "ConceptOutput",
     "Intervention",

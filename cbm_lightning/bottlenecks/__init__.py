@@ -15,15 +15,15 @@ from cbm_lightning.bottlenecks.sparse_cbm import ConceptLayerBottleneck
 
 __all__ = [
     "Bottleneck",
-    "AutoregressiveBottleneck",
-    "StochasticBottleneck",
-    "ConceptLayerBottleneck",
     "LinearBottleneck",
     "EmbeddingBottleneck",
-    "EnergyBottleneck",
     "InterventionAwareBottleneck",
     "ProbabilisticBottleneck",
+    "EnergyBottleneck",
+    "StochasticBottleneck",
+    "AutoregressiveBottleneck",
     "SimilarityBottleneck",
+    "ConceptLayerBottleneck",
     "SlotBottleneck",
     "SpatialBottleneck",
 ]

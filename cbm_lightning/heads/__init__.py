@@ -11,11 +11,11 @@ from cbm_lightning.heads.residual import ResidualHead
 
 __all__ = [
     "LabelHead",
-    "ConceptMatrixHead",
     "LinearHead",
     "MLPHead",
-    "NormalizedHead",
-    "PassThroughHead",
-    "PrototypeHead",
     "ResidualHead",
+    "PrototypeHead",
+    "NormalizedHead",
+    "ConceptMatrixHead",
+    "PassThroughHead",
 ]
