@@ -108,9 +108,9 @@ def conditional_information(
         evidence: What to measure on; samples that are not annotated completely do not count.
         splits: Of these samples.
         seed: Of the weights.
-        per_concept: Measure each concept by itself too: what it adds to the logits, the same whatever ``c``. That is
-            all it says where it depends on the other concepts through the label only. Concepts say much of the same:
-            their numbers do not add up.
+        per_concept: Measure each concept by itself too: what it adds to the logits beside its own true value, the same
+            whatever the other true ones. That is all it says where it depends on the other concepts through the label
+            only. Concepts say much of the same: their numbers do not add up.
         probe: The probe on the truth of the same evidence and splits, if there is one already.
 
     Returns:
@@ -140,7 +140,9 @@ def conditional_information(
     details = {"share": value / nll if nll > 0 else torch.nan, "nll": nll, "accuracy": float(base.correct.nanmean())}
     details["samples"] = float((~plain.isnan()).any(0).sum())
     if evidence.extra is not None:
-        details["extra"], details["extra_error"] = mean_and_error(base.nll - base.corrected(free, SMALL, seed + 2))
+        alone = [torch.cat([base.truth, part], -1) for part in (torch.zeros_like(free), free)]
+        plain, informed = base.corrected(torch.cat(alone), SMALL, seed + 2).chunk(2)
+        details["extra"], details["extra_error"] = mean_and_error(plain - informed)
     if not per_concept:
         return Measurement(value, error, details=details)
     each, errors = _by_concept(base, values, evidence.num_concepts, seed + 3)
@@ -154,13 +156,17 @@ def _by_concept(base: TruthProbe, values: Tensor, count: int, seed: int) -> tupl
     values = values[: len(base.logits)]
     groups, rows, _ = values.shape
     width = values.shape[-1] // count
-    most = max(1, AT_ONCE // (groups * rows * max(SMALL, width, base.outputs)))
+    most = max(1, AT_ONCE // (2 * groups * rows * max(SMALL, 1 + width, base.outputs)))
     columns = values.unflatten(-1, (count, width)).unbind(2)
     found = []
     for start in range(0, count, most):
         some = columns[start : start + most]
-        informed = base.corrected(torch.cat(some), SMALL, seed + start, SHORT)
-        found += [mean_and_error(base.nll - part) for part in informed.chunk(len(some))]
+        # beside its own true value, or what the first probe missed of that would pass for leakage
+        own = base.truth.unsqueeze(-1).unbind(2)[start : start + most]
+        informed = [torch.cat(pair, -1) for pair in zip(own, some, strict=True)]
+        plain = [torch.cat([true, torch.zeros_like(part)], -1) for true, part in zip(own, some, strict=True)]
+        nll = base.corrected(torch.cat([*plain, *informed]), SMALL, seed + start, SHORT).chunk(2 * len(some))
+        found += [mean_and_error(a - b) for a, b in zip(nll[: len(some)], nll[len(some) :], strict=True)]
     value, error = torch.tensor(found, dtype=torch.float64).T
     return value, error
 

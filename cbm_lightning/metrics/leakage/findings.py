@@ -118,12 +118,12 @@ def _conditional(said: list[str], found: Measurement, names: Sequence[str]) -> b
         )
     else:
         said.append(f"Probes find no label information in the predicted concepts beyond the true ones ({amount}).")
-    if found.per_concept is not None and found.concept_error is not None:
+    # errors of single concepts know nothing of how a probe happened to be fitted, so they name but do not decide
+    if leaks and found.per_concept is not None and found.concept_error is not None:
         each = leaking(found.per_concept, found.concept_error)
         if each:
             listed = ", ".join(f"{names[k]} ({float(found.per_concept[k]):.3f})" for k in each[:NAMED])
             said.append(f"Each by itself, {len(each)} of {len(names)} concepts carry some of it, most: {listed}.")
-        leaks = leaks or bool(each)
     if "extra" in found.details and is_found(found.details["extra"], found.details["extra_error"]):
         said.append(
             f"The free dimensions beside the concepts alone carry {found.details['extra']:.3f} "

@@ -9,6 +9,7 @@ import pytest
 import torch
 from metrics.leakage.worlds import world
 
+from cbm_lightning.data import RenderedBirds
 from cbm_lightning.metrics import ConditionalLeakage
 from cbm_lightning.metrics.leakage import Evidence, conditional_information, cross_splits, given_splits
 from cbm_lightning.metrics.leakage.conditional_information import TruthProbe
@@ -30,6 +31,16 @@ def test_a_bit_that_no_concept_has_is_found_in_full() -> None:
     assert found.value > 10 * found.error
     assert found.per_concept[0] > 0.5
     assert (found.per_concept[1:] < 3 * found.concept_error[1:] + 1e-9).all()
+
+
+def test_what_the_probe_misses_of_the_truth_is_no_leakage_of_a_concept() -> None:
+    # twelve classes and few samples: the probe on the truth has much left to learn
+    concepts, label = RenderedBirds(
+        num_train=1, num_val=1, num_test=600, within_class_variation=0.3, kept_groups=["body colour", "beak"]
+    ).annotations("test")
+    found = measured(Evidence(concepts.unsqueeze(-1), concepts, label, "multiclass", 12), cross_splits(600, 5, 1))
+    assert found.details["nll"] > 0.5
+    assert found.per_concept.abs().max() < 0.006
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -65,6 +76,22 @@ def test_embeddings() -> None:
     found = measured(world(leak=4.0, width=5))
     assert found.value == pytest.approx(math.log(2), abs=0.1)
     assert int(found.per_concept.argmax()) == 0
+
+
+def test_what_the_probe_on_the_truth_missed_is_no_leakage() -> None:
+    """Concepts and free dimensions that are the truth itself carry nothing beyond it, however poor that probe."""
+    given = world()
+    truth = given.concepts
+    evidence = Evidence(truth.unsqueeze(-1), truth, given.label, "multiclass", 8, truth[:, :2]).settled()
+    splits = cross_splits(600, 3, 1)
+    probe = TruthProbe(evidence, splits)
+    probe.logits = torch.zeros_like(probe.logits)
+    probe.nll = probe.judged(probe.loss(probe.logits))
+    found = conditional_information(evidence, splits, probe=probe)
+    assert found.details["nll"] < 1.0 < probe.nll.mean()
+    assert abs(found.value) < 0.05
+    assert found.per_concept.abs().max() < 0.05
+    assert abs(found.details["extra"]) < 0.05
 
 
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
