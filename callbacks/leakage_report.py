@@ -38,10 +38,10 @@ class LeakageReport(NamedEvaluation):
     are ``{val,test}/leakage/{ctl, conditional_mi, conditional_mi_share, head_gap, head_on_truth_acc, ceiling_gap, ois,
     nis, completeness, ...}``, the errors of most as ``..._error``, the table ``.../leakage/concepts`` (a row a concept)
     and the findings as the table ``.../leakage/findings``, which are printed too: whether the label accuracy lies above
-    what the true concepts allow (exactly, where the datamodule knows it, and by a probe), how much label information
-    the predicted concepts carry beyond the true ones, which of them leak most, and what to do about it. Where nothing
-    exceeds its uncertainty, the report says that nothing was found. The numbers are the same on any number of
-    processes.
+    what the true concepts allow (by a probe, and exactly in a test whose datamodule knows it), how much label
+    information the predicted concepts carry beyond the true ones, which of them leak most, and what to do about it.
+    Where nothing exceeds its uncertainty, the report says that nothing was found. The numbers are the same on any
+    number of processes.
 
     Args:
         measures: Any of ``"ctl"`` (what each concept says of the label, by nearest neighbours), ``"icl"`` (what
@@ -154,7 +154,7 @@ class LeakageReport(NamedEvaluation):
             if self.fit_on == "val" and fitted_on is None:
                 fitted_on = self._validation(trainer, pl_module)
             suffix = f"/dataloader_idx_{i}" if len(kept) > 1 else ""
-            result = self._measured(trainer, pl_module, rows, fitted_on)
+            result = self._measured(trainer, pl_module, stage, rows, fitted_on)
             if result is None:
                 continue
             self.result = result if i == 0 else self.result
@@ -214,14 +214,14 @@ class LeakageReport(NamedEvaluation):
         return [{name: value.cpu() for name, value in self._rows(trainer, pl_module, *each).items()} for each in found]
 
     def _measured(
-        self, trainer: Trainer, pl_module: LightningModule, rows: list[Rows], fitted_on: list[Rows] | None
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, rows: list[Rows], fitted_on: list[Rows] | None
     ) -> LeakageResult | None:
         # probes are trained, which inference mode would not allow
         with torch.inference_mode(False):
-            return self._measure(trainer, pl_module, rows, fitted_on)
+            return self._measure(trainer, pl_module, stage, rows, fitted_on)
 
     def _measure(
-        self, trainer: Trainer, pl_module: LightningModule, rows: list[Rows], fitted_on: list[Rows] | None
+        self, trainer: Trainer, pl_module: LightningModule, stage: Stage, rows: list[Rows], fitted_on: list[Rows] | None
     ) -> LeakageResult | None:
         module = cast(Any, pl_module)
         parts = [self._drawn(rows, pl_module.device)]
@@ -236,7 +236,9 @@ class LeakageReport(NamedEvaluation):
             rank_zero_warn(f"LeakageReport is left out of this validation: {error}")
             return None
         data = getattr(trainer, "datamodule", None)
-        best = data.bayes_accuracy() if isinstance(data, ConceptDataModule) else None
+        # it is that of the test split, whose concepts may say less of the label than those of validation
+        known = stage == "test" and isinstance(data, ConceptDataModule)
+        best = cast(ConceptDataModule, data).bayes_accuracy() if known else None
         return measure_leakage(sightings, splits, module.concept_set.names, self.measures, self.seed, best)
 
     def _drawn(self, rows: list[Rows], device: torch.device) -> Rows:

@@ -174,7 +174,7 @@ class AutoregressiveBottleneck(Bottleneck):
 
     def _noise(self, rows: int, samples: int) -> Tensor:
         """``[B, S, K]``, or ``[1, S, K]`` in evaluation."""
-        return self.noise.draw(rows, samples, self.generator) if self._draws else self.noise.fixed.unsqueeze(0)
+        return self.noise.draw(rows, samples, self.generator) if self._draws else self.noise.fixed.float().unsqueeze(0)
 
     def forward(self, features: Features, concepts: Tensor | None = None) -> ConceptOutput:
         """Draw the concepts; in a training step with annotations, score each of them given those before it."""
@@ -186,7 +186,8 @@ class AutoregressiveBottleneck(Bottleneck):
             probs = self.activation(logits)
         else:
             logits = self._score_of(probs)
-        return ConceptOutput(features, logits, probs, drawn.transpose(0, 1), sample_dim=True)
+        values = drawn.transpose(0, 1).to(self.out_weight.dtype)
+        return ConceptOutput(features, logits, probs, values, sample_dim=True)
 
     def _score_of(self, probs: Tensor) -> Tensor:
         """``[B, K]`` logits of probabilities; their logarithms in a categorical group."""
@@ -215,21 +216,29 @@ class AutoregressiveBottleneck(Bottleneck):
     def intervene(self, output: ConceptOutput, intervention: Intervention) -> ConceptOutput:
         """Draw again, given the corrections and those that the output has already; see the class."""
         mask, values = intervention.mask, intervention.values.to(output.probs.dtype)
-        if "corrected" in output.extras:
+        before = output.extras.get("corrected")
+        if before is not None:
+            before = before & ~output.extras["told"].isnan()
             values = torch.where(mask, values, output.extras["told"])
             mask = mask | output.extras["corrected"]
         told = torch.where(mask, values, torch.nan)
         known, held = ~told.isnan(), told.nan_to_num(nan=0.0)
         plain = output.values.transpose(0, 1)
-        probs, drawn = output.probs, plain
+        old = output.probs
+        if before is not None and bool((freed := before.any(1, keepdim=True) & ~known.any(1, keepdim=True)).any()):
+            # all that was told is taken back: nothing of it may remain
+            fresh = self(output.features)
+            old = torch.where(freed, fresh.probs, old)
+            plain = torch.where(freed.unsqueeze(1), fresh.values.transpose(0, 1), plain)
+        probs, drawn = old, plain
         if known.any() and not known.all():
             touched = known.any(1, keepdim=True)
             probs, drawn = self._given(output.features, told, plain.shape[1])
-            probs = torch.where(touched, probs, output.probs)
+            probs = torch.where(touched, probs, old)
             drawn = torch.where(touched.unsqueeze(1), drawn, plain)
         return output.replace(
             probs=torch.where(known, held, probs),
-            values=torch.where(mask.unsqueeze(1), held.unsqueeze(1), drawn).transpose(0, 1),
+            values=torch.where(mask.unsqueeze(1), held.unsqueeze(1), drawn).transpose(0, 1).to(output.values.dtype),
             extras={**output.extras, "corrected": mask, "told": torch.where(mask, values, 0.0)},
         )
 
@@ -240,9 +249,9 @@ class AutoregressiveBottleneck(Bottleneck):
             weight = self._likelihood(logits, told.unsqueeze(1)).softmax(1)
         known = ~told.isnan()
         # probabilities have less noise, but know nothing of what was told after them, or of their own group
-        informed = known.to(logits) @ self.visible > 0
+        informed = known.to(logits) @ self.visible.to(logits) > 0
         if self.activation.has_groups:
-            membership = self.activation.membership
+            membership = self.activation.membership.to(logits)
             informed = informed | ((known.to(logits) @ membership) @ membership.T > 0)
         each = torch.where(informed.unsqueeze(1), drawn, self.activation(logits))
         probs = (weight.unsqueeze(-1) * each).sum(1)
@@ -255,7 +264,7 @@ class AutoregressiveBottleneck(Bottleneck):
         each = target * logsigmoid(logits) + (1.0 - target) * logsigmoid(-logits)
         if not self.activation.has_groups:
             return (each * known).sum(-1)
-        log_probs, membership = self.activation.log_softmax(logits), self.activation.membership
+        log_probs, membership = self.activation.log_softmax(logits), self.activation.membership.to(logits)
         joint = (torch.where(self.activation.categorical, target * log_probs, each) * known).sum(-1)
         # of a group that only members that do not hold are known of: that it is one of the others
         ruled_out = ((log_probs.exp() * known) @ membership).clamp(max=1.0 - EDGE)

@@ -53,5 +53,6 @@ class ConceptNoise(nn.Module):
 
     def draw(self, rows: int, samples: int, generator: torch.Generator | None) -> Tensor:
         """``[B, S, K]`` fresh noise, drawn on the CPU; from the global generator if none is given."""
-        uniform = torch.rand(rows, samples, len(self.categorical), generator=generator)
+        # single precision whatever the default: in half precision a uniform rounds to 1, where the noise is infinite
+        uniform = torch.rand(rows, samples, len(self.categorical), generator=generator, dtype=torch.float32)
         return self.of(uniform.to(self.categorical.device))

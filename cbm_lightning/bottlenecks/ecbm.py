@@ -24,6 +24,8 @@ from cbm_lightning.types import Batch, ConceptOutput, FeatureDims, Features, Int
 
 # the paper sets the two logits of a corrected concept to -5 and 5; this is their difference
 CERTAIN = 10.0
+# the same within a categorical group, where it competes with logits of any size
+DECIDED = 1e4
 
 
 class EnergyBottleneck(Bottleneck):
@@ -190,7 +192,9 @@ class EnergyBottleneck(Bottleneck):
         removed = mask & told.isnan()
         if logits is None:
             told = told.nan_to_num(nan=0.5).to(output.probs.dtype)
-            logits = told.logit().clamp(-CERTAIN, CERTAIN)
+            # within a group no evidence for another member may outweigh what is told
+            most = torch.where(self.activation.categorical, DECIDED, CERTAIN)
+            logits = told.logit().clamp(-most, most)
         else:
             told = self.activation(logits)
         kept = mask & ~removed
@@ -284,7 +288,7 @@ class EnergyBottleneck(Bottleneck):
             own = probs.unsqueeze(-1) * change
             if self.activation.has_groups:
                 # where a member of a group is present or absent, none of its alternatives is present
-                members = self.activation.membership
+                members = self.activation.membership.to(own)
                 group = torch.einsum("kg,jg,bjh->bkh", members, members, own)
                 own = torch.where(self.activation.categorical.unsqueeze(-1), group, own)
             absent = terms.hidden(probs).unsqueeze(1) - own
@@ -309,11 +313,15 @@ class EnergyBottleneck(Bottleneck):
         Args:
             concepts: ``[N, K]`` predicted (or annotated) concepts of a data set, from which candidates come.
         """
-        return concepts_given_label(self, Candidates.observed(concepts))
+        return concepts_given_label(self, self._observed(concepts))
 
     def concepts_given_label_and_concept(self, concepts: Tensor, label: int) -> Tensor:
         """``[K, K]`` ``p(c_k | y, c_j)`` in row ``j``, see `ecbm_conditionals.concepts_given_label_and_concept`."""
-        return concepts_given_label_and_concept(self, Candidates.observed(concepts), label)
+        return concepts_given_label_and_concept(self, self._observed(concepts), label)
+
+    def _observed(self, concepts: Tensor) -> Candidates:
+        """The vectors of a data set; of a categorical group the likeliest member holds, even below one half."""
+        return Candidates.observed(self.activation.harden(concepts))
 
 
 def full_precision(x: Tensor) -> AbstractContextManager[object]:

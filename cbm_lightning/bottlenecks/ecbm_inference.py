@@ -229,7 +229,8 @@ def _through(activation: ConceptActivation, probs: Tensor, gradient: Tensor) -> 
     own = probs * (1.0 - probs) * gradient
     if not activation.has_groups:
         return own
-    shared = (probs * gradient) @ activation.membership @ activation.membership.T
+    membership = activation.membership.to(probs)
+    shared = (probs * gradient) @ membership @ membership.T
     return torch.where(activation.categorical, probs * (gradient - shared), own)
 
 

@@ -127,7 +127,7 @@ class InterventionAwareBottleneck(EmbeddingBottleneck):
         head, label = cast(LabelHead, context.head), batch["label"]
         known = ~batch["concepts"].isnan()
         truth = torch.where(known, batch["concepts"], 0.0).float()
-        rehearsal = Rehearsal(output, truth, known, label_outcomes(label, head.task), head, self.membership)
+        rehearsal = Rehearsal(output, truth, known, label_outcomes(label, head.task), head, self.membership.float())
         start = rehearsal.random_start(self.initial_mask, self.generator)
         before, labels, imitations = context.label_loss(context.label_logits, label), [], []
         horizon = int(self.horizon)

@@ -148,8 +148,8 @@ class StochasticBottleneck(Bottleneck):
         """``[B, K, K]`` Cholesky factors of the covariance for pooled features ``[B, D]``, in single precision."""
         count = len(self.concepts)
         if self.covariance == "empirical":
-            return self.factor.expand(len(features), -1, -1)
-        entries = self.spread(features).float() if self.covariance == "amortized" else self.entries.unsqueeze(0)
+            return self.factor.float().expand(len(features), -1, -1)
+        entries = (self.spread(features) if self.covariance == "amortized" else self.entries.unsqueeze(0)).float()
         row, column = torch.tril_indices(count, count, device=entries.device)
         lower = entries.new_zeros(len(entries), count, count)
         lower = lower.index_put((torch.arange(len(entries), device=row.device)[:, None], row, column), entries)
@@ -174,7 +174,7 @@ class StochasticBottleneck(Bottleneck):
             features,
             mean,
             probs,
-            drawn.transpose(0, 1),
+            drawn.transpose(0, 1).to(self.mean.weight.dtype),
             sample_dim=True,
             uncertainty=uncertainty,
             distribution=distribution,
@@ -189,8 +189,9 @@ class StochasticBottleneck(Bottleneck):
     def _noise(self, rows: int) -> tuple[Tensor, Tensor]:
         """Standard normal noise and that of `ConceptNoise`: ``[B, S, K]``, or ``[S, K]`` in evaluation."""
         if not self._draws:
-            return self.normal, self.noise.fixed
-        normal = torch.randn(rows, self.samples, len(self.concepts), generator=self.generator)
+            return self.normal.float(), self.noise.fixed.float()
+        shape = (rows, self.samples, len(self.concepts))
+        normal = torch.randn(shape, generator=self.generator, dtype=torch.float32)
         return normal.to(self.normal.device), self.noise.draw(rows, self.samples, self.generator)
 
     @staticmethod
@@ -207,10 +208,12 @@ class StochasticBottleneck(Bottleneck):
     def intervene(self, output: ConceptOutput, intervention: Intervention) -> ConceptOutput:
         """Draw again, given the corrections and those that the output has already; see the class."""
         mask, extras = intervention.mask, output.extras
-        low, high = self.value_range
         values = intervention.values.to(output.probs.dtype)
+        low, high = self.value_range.to(values)
         scores = low + (high - low) * values if intervention.logits is None else intervention.logits.to(values.dtype)
-        if "corrected" in extras:
+        before = extras.get("corrected")
+        if before is not None:
+            before = before & ~extras["told"].isnan()
             values = torch.where(mask, values, extras["told"])
             scores = torch.where(mask, scores, extras["told_scores"])
             mask = mask | extras["corrected"]
@@ -220,11 +223,18 @@ class StochasticBottleneck(Bottleneck):
             probs, drawn, spread = self._given(output, told, values, scores)
         touched = told.any(1, keepdim=True)
         held = torch.where(told, values, 0.0)
-        plain = output.values.transpose(0, 1)
+        old, plain = output.probs, output.values.transpose(0, 1)
+        if before is not None and bool((freed := before.any(1, keepdim=True) & ~touched).any()):
+            # all that was told is taken back: nothing of it may remain
+            with torch.autocast(values.device.type, enabled=False):
+                normal, noise = self._noise(len(values))
+                fresh = self._scores(extras["mean"], extras["scale"], normal)
+                old = torch.where(freed, self.activation(fresh).mean(1), old)
+                plain = torch.where(freed.unsqueeze(1), self._drawn(fresh, noise), plain)
         free = torch.where(touched.unsqueeze(1), drawn, plain)
         return output.replace(
-            probs=torch.where(told, held, torch.where(touched, probs, output.probs)),
-            values=torch.where(mask.unsqueeze(1), held.unsqueeze(1), free).transpose(0, 1),
+            probs=torch.where(told, held, torch.where(touched, probs, old)),
+            values=torch.where(mask.unsqueeze(1), held.unsqueeze(1), free).transpose(0, 1).to(output.values.dtype),
             uncertainty=torch.where(told, 0.0, torch.where(touched, spread, extras["scale"].norm(dim=-1))),
             extras={**extras, "corrected": mask, "told": values, "told_scores": scores},
         )
@@ -267,7 +277,7 @@ class StochasticBottleneck(Bottleneck):
         with torch.autocast(mean.device.type, enabled=False):
             scores = output.extras.get("scores")
             if scores is None:
-                scores = self._scores(mean, scale, self.normal)
+                scores = self._scores(mean, scale, self.normal.float())
             losses = {"concept": self._joint_loss(scores, batch["concepts"])}
             if self.covariance != "empirical":
                 losses["precision"] = precision_size(scale if self.covariance == "amortized" else scale[:1])

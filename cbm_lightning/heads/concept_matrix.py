@@ -27,6 +27,9 @@ class ConceptMatrixHead(LabelHead):
     prediction. There is nothing to fit: ``cbm test`` is all that it takes. The signatures are a buffer of the
     checkpoint, so that no text encoder is needed afterwards.
 
+    Corrections by 0 or 1 say little here: without training nobody knows which similarities stand for them, and the
+    bottleneck sets its first guess, -5 or 5, which outweighs every cosine.
+
     The paper divides the rows by their sums first. That cancels in the first two measures as long as the sums are
     positive, and turns the order around where they are negative, so we leave it out there; ``max`` divides the
     signatures by the sums of their sizes, which is the same for positive ones.

@@ -15,7 +15,8 @@ class NormalizedHead(LabelHead):
     """Class logits as a weighted sum of the values after a LayerNorm over them (SL-CBM, arXiv 2601.12804).
 
     The label rests on how far a concept stands out among the others of the same sample, so a score that is the same
-    for all concepts means nothing, and one correction shifts the part of every concept a little. Scale and shift of
+    for all concepts means nothing, and one correction shifts the part of every concept a little. A concept that is
+    taken out counts as the value zero, which is not nothing where the mean lies elsewhere. Scale and shift of
     the LayerNorm are left out, for the weights that follow can take them over: this is the same set of functions.
     Contributions are exact, given the mean and the deviation of the sample. A head of few concepts a class, which the
     paper cuts off in evaluation, is trained with `SparsitySchedule`.

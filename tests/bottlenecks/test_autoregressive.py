@@ -205,6 +205,21 @@ def test_it_learns_what_goes_together() -> None:
 # ---------------------------------------------------------------- precision and errors
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_bottleneck_of_another_precision(dtype: torch.dtype) -> None:
+    bottleneck = make(GROUPED).to(dtype)
+    features, concepts = Features(torch.randn(6, 5).to(dtype)), torch.eye(5)[[0, 1, 2, 3, 4, 1]]
+    plain = bottleneck(features)
+    with bottleneck.train().drawing(step_generator(0)):
+        output = bottleneck(features, concepts)
+        losses = bottleneck.losses(output, {"concepts": concepts}, context(concepts=GROUPED))
+    for found in (plain, output):
+        fixed = bottleneck.intervene(found, Intervention(concepts > 0.5, concepts))
+        assert found.values.dtype == fixed.values.dtype == dtype
+        assert fixed.probs.isfinite().all()
+    losses["concept"].backward()
+
+
 def test_unwritten_batches_and_half_precision() -> None:
     bottleneck = make(CONCEPTS).train()
     features, concepts = Features(torch.randn(6, 5)), (torch.rand(6, 6) < 0.5).float()

@@ -109,6 +109,23 @@ def test_one_after_another_is_all_at_once() -> None:
     assert torch.equal(changed.probs[first & ~values.isnan()], (1 - values)[first & ~values.isnan()])
 
 
+def test_nothing_remains_of_what_is_taken_back() -> None:
+    bottleneck = make(CONCEPTS)
+    output = predict(bottleneck, 4)
+    first = torch.eye(4, 6, dtype=torch.bool)
+    first[3] = False
+    step = bottleneck.intervene(output, Intervention(first, torch.ones(4, 6)))
+    assert not torch.equal(step.probs[:3], output.probs[:3])
+    # of the first sample nothing else is told, of the second another concept is
+    back, other = first.clone(), torch.zeros_like(first)
+    other[1, 4] = True
+    values = torch.where(back, torch.nan, 1.0)
+    found = bottleneck.intervene(step, Intervention(back | other, values))
+    expected = bottleneck.intervene(output, Intervention(back | other, values))
+    for one, another in zip(found.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(one.nan_to_num(nan=7), another.nan_to_num(nan=7))
+
+
 @pytest.mark.parametrize("told", [{3: 1.0}, {3: 0.0}, {1: 0.0, 3: 0.0}, {2: 1.0}, {2: 1.0, 4: 0.0}])
 def test_members_of_a_group_exclude_each_other(told: dict[int, float]) -> None:
     bottleneck = make(GROUPED, samples=20000, strength=0.7)

@@ -261,6 +261,21 @@ def test_mixed_precision_leaves_the_energies_in_single_precision(model: CBMModul
     assert torch.equal(half.concepts.probs, full.concepts.probs)
 
 
+def test_a_model_in_half_precision_shares_groups_too() -> None:
+    model = model_of(GROUPED).bfloat16()
+    batch = {
+        "embedding": inputs().bfloat16(),
+        "concepts": torch.eye(4)[[0, 1, 2, 0, 1, 2]],
+        "label": torch.arange(6) % 2,
+    }
+    with torch.no_grad():
+        prediction = model(batch)
+        fixed = model.intervene(prediction, told(concepts=4, c1=1.0))
+        _, losses = model.losses(prediction.logits, prediction.concepts, batch)
+    for found in (fixed.logits, fixed.concepts.probs, *losses.values()):
+        assert found.isfinite().all()
+
+
 def test_policies_learn_how_the_label_reacts_to_the_concepts(model: CBMModule) -> None:
     with torch.inference_mode():
         output = model({"embedding": inputs()}).concepts

@@ -29,6 +29,17 @@ from cbm_lightning.types import Intervention
 ALL = torch.tensor(list(product([0.0, 1.0], repeat=3)))
 
 
+def test_of_a_categorical_group_the_likeliest_member_counts() -> None:
+    bottleneck = model_of(GROUPED).bottleneck
+    unsure = torch.tensor([[0.4, 0.35, 0.25, 0.9], [0.3, 0.45, 0.25, 0.1], [0.9, torch.nan, 0.05, 0.2]])
+    same = torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    found = bottleneck.concepts_given_label(unsure)
+    torch.testing.assert_close(found[:, :3].sum(1), torch.ones(CLASSES))
+    assert torch.equal(found, bottleneck.concepts_given_label(same))
+    pairs, expected = (bottleneck.concepts_given_label_and_concept(x, 1) for x in (unsure, same))
+    torch.testing.assert_close(pairs, expected, equal_nan=True)
+
+
 def test_the_label_given_the_concepts() -> None:
     bottleneck = model_of().bottleneck
     found = label_given_concepts(bottleneck, ALL)

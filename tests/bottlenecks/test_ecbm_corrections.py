@@ -99,6 +99,17 @@ def test_members_of_a_categorical_group_share_their_probability() -> None:
     assert fixed.concepts.probs.isfinite().all()
 
 
+def test_what_is_told_of_a_group_outweighs_any_evidence() -> None:
+    model = model_of(GROUPED)
+    with torch.no_grad():
+        plain = model({"embedding": 100.0 * inputs()})
+        assert plain.concepts.logits[:, :3].max() > 15
+        present = model.intervene(plain, told(concepts=4, c1=1.0)).concepts.probs[:, :3]
+        absent = model.intervene(plain, told(concepts=4, c0=0.0, c1=0.0)).concepts.probs[:, :3]
+    assert torch.equal(present, torch.tensor([[0.0, 1.0, 0.0]]).expand(6, -1))
+    assert torch.equal(absent, torch.tensor([[0.0, 0.0, 1.0]]).expand(6, -1))
+
+
 class Twins(ToyData):
     """The toy data with a second concept that equals the first; in a quarter of the inputs neither is to be seen."""
 

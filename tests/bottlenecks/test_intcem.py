@@ -411,6 +411,15 @@ def test_half_precision() -> None:
         torch.testing.assert_close(loss.float(), single[name], rtol=0.2, atol=0.1)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_of_another_precision(dtype: torch.dtype) -> None:
+    model = trainable().to(dtype)
+    batch = batch_for(model)
+    found, _ = losses_of(model, batch | {"embedding": batch["embedding"].to(dtype)})
+    sum(found.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
 @pytest.mark.parametrize("task", ["binary", "multilabel"])
 def test_other_labels_and_categorical_groups(task: str) -> None:
     colours = ConceptSet(["red", "blue", "wet"], {"colour": ["red", "blue"]}, ["categorical", "categorical", "binary"])

@@ -354,6 +354,32 @@ def test_unwritten_batches_and_half_precision() -> None:
     loss.backward()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("covariance", ["amortized", "global", "empirical"])
+def test_a_bottleneck_of_another_precision(covariance: str, dtype: torch.dtype) -> None:
+    bottleneck = make(covariance, concepts=GROUPED).to(dtype)
+    features, concepts = Features(torch.randn(6, 5).to(dtype)), torch.eye(4)[[0, 1, 2, 3, 0, 1]]
+    plain = bottleneck(features)
+    with bottleneck.train().drawing(step_generator(0)):
+        output = bottleneck(features, concepts)
+        losses = bottleneck.losses(output, {"concepts": concepts}, context())
+    for found in (plain, output):
+        fixed = bottleneck.intervene(found, Intervention(concepts > 0.5, concepts))
+        assert found.values.dtype == fixed.values.dtype == dtype
+        assert fixed.probs.isfinite().all()
+    sum(losses.values()).backward()
+
+
+def test_half_precision_by_default_draws_finite_noise() -> None:
+    bottleneck = make(concepts=GROUPED)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        noise = bottleneck.noise.draw(200, 40, step_generator(0))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert noise.isfinite().all()
+
+
 # ---------------------------------------------------------------- errors
 
 

@@ -132,6 +132,23 @@ def test_one_after_another_is_all_at_once() -> None:
     assert torch.equal(changed.probs[first & ~values.isnan()], (1 - values)[first & ~values.isnan()])
 
 
+def test_nothing_remains_of_what_is_taken_back() -> None:
+    bottleneck = make(concepts=CONCEPTS)
+    output = predict(bottleneck, 4)
+    first = torch.eye(4, 6, dtype=torch.bool)
+    first[3] = False
+    step = bottleneck.intervene(output, Intervention(first, torch.ones(4, 6)))
+    assert not torch.equal(step.probs[:3], output.probs[:3])
+    # of the first sample nothing else is told, of the second another concept is
+    back, other = first.clone(), torch.zeros_like(first)
+    other[1, 4] = True
+    values = torch.where(back, torch.nan, 1.0)
+    found = bottleneck.intervene(step, Intervention(back | other, values))
+    expected = bottleneck.intervene(output, Intervention(back | other, values))
+    for one, another in zip(found.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(one.nan_to_num(nan=7), another.nan_to_num(nan=7))
+
+
 def test_of_a_group_the_member_that_was_told_is_drawn() -> None:
     bottleneck = make(concepts=GROUPED, strength=0.5)
     output = predict(bottleneck, 4)

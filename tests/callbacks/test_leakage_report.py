@@ -287,6 +287,13 @@ def test_too_few_samples_stop_no_fit_but_a_test() -> None:
         quiet_trainer(callbacks=[report]).test(model(), few, verbose=False)
 
 
+def test_the_best_that_concepts_allow_in_a_test_says_nothing_of_validation() -> None:
+    validator = quiet_trainer(callbacks=[LeakageReport(["head_on_truth"], stages=["val"], folds=3)])
+    validator.validate(model(), hidden(), verbose=False)
+    assert "val/leakage/ceiling_acc" in validator.callback_metrics
+    assert "val/leakage/best_acc" not in validator.callback_metrics
+
+
 def test_a_stage_that_is_not_asked_for() -> None:
     result, logged = run(model(), stages=["val"])
     assert result is None

@@ -17,8 +17,11 @@ _JITTER = 1e-10
 
 
 def is_discrete(x: Tensor) -> bool:
-    """Whether all numbers of ``[N]`` or ``[N, E]`` are integers, as those of hard concepts and annotations are."""
-    return bool(((x - x.round()).abs() < 1e-9).all())
+    """Whether all numbers of ``[N]`` or ``[N, E]`` are integers, as those of hard concepts and annotations are.
+
+    What never varies is discrete too: neighbours at no distance would make its information far less than none.
+    """
+    return bool(((x - x.round()).abs() < 1e-9).all() or (x == x[:1]).all())
 
 
 def entropy(x: Tensor) -> float:
@@ -36,8 +39,8 @@ def entropy(x: Tensor) -> float:
 def mutual_information(x: Tensor, y: Tensor, neighbours: int = NEIGHBOURS, seed: int = 0) -> Tensor:
     """``[N]`` contributions of samples to I(x; y), by the estimator that suits the kinds of the variables.
 
-    A variable is discrete if all its numbers are integers. The mean of the contributions is the estimate; unlike the
-    published code it is not cut off at zero here, for a cut is no mean.
+    A variable is discrete if all its numbers are integers, or the same. The mean of the contributions is the estimate;
+    unlike the published code it is not cut off at zero here, for a cut is no mean.
 
     Args:
         x: ``[N]`` or ``[N, E]``.

@@ -66,6 +66,15 @@ def test_a_concept_with_one_value_counts_nowhere() -> None:
     assert between.value == pytest.approx(between.per_concept[[0, 2]].mean().item())
 
 
+def test_a_prediction_that_never_varies_says_nothing() -> None:
+    """No less than nothing either: what is lost is what the true concept says."""
+    given = world().settled()
+    given.values[:, 0] = 0.3
+    found = concept_task_leakage(given)
+    # a fair coin that is one of the three bits of the label
+    assert found.per_concept[0].item() == pytest.approx(-1 / 3, abs=0.02)
+
+
 def test_a_label_with_one_class_defines_nothing() -> None:
     given = world().settled()
     found = concept_task_leakage(given.rows(given.label == 0))

@@ -107,6 +107,8 @@ def test_discrete_information_is_that_of_counts() -> None:
 def test_kinds_are_told_by_the_numbers() -> None:
     assert is_discrete(torch.tensor([0.0, 1.0, 3.0]))
     assert not is_discrete(torch.tensor([0.0, 0.5]))
+    assert is_discrete(torch.full((3, 2), 0.5))
+    assert mutual_information(torch.full((4,), 0.3), torch.tensor([0, 0, 1, 1])).tolist() == [0.0] * 4
     x = torch.randint(0, 2, (100, 1)).double()
     soft = x + 0.01 * torch.randn(100, 1)
     assert mutual_information(x, soft).mean().item() == mutual_information(soft, x).mean().item()
