@@ -243,7 +243,9 @@ class EnergyBottleneck(Bottleneck):
     def _weights_of(self, held: Held) -> Tensor:
         """``[B, 3]`` of the energies: other ones where a concept is corrected."""
         plain, corrected = (held.probs.new_tensor(weights) for weights in (self.weights, self.correction_weights))
-        return torch.where(held.mask.any(-1, keepdim=True), corrected, plain)
+        # what is taken out says nothing that the rest should follow
+        told = held.mask & ~held.removed
+        return torch.where(told.any(-1, keepdim=True), corrected, plain)
 
     def _start(self, terms: EnergyTerms, logits: Tensor, held: Held, weights: Tensor) -> Point:
         """Where the descent begins, see ``start``."""

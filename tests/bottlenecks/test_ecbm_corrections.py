@@ -58,7 +58,7 @@ def test_nothing_corrected_is_the_plain_prediction(model: CBMModule) -> None:
 
 def test_a_concept_that_is_taken_out_leaves_every_energy(model: CBMModule) -> None:
     with torch.no_grad():
-        removed = model.intervene(model({"embedding": inputs()}), told(c1=torch.nan))
+        removed = model.intervene(model({"embedding": inputs()}), told(c0=1.0, c1=torch.nan))
         gone = torch.tensor([[False, True, False]]).expand(6, -1)
         expected = torch.stack(
             [
@@ -73,6 +73,15 @@ def test_a_concept_that_is_taken_out_leaves_every_energy(model: CBMModule) -> No
         model.bottleneck.concept_embeddings[1] += 1.0
         other = model.intervene(removed, told(c1=torch.nan))
     torch.testing.assert_close(other.logits, removed.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_taken_out_is_no_correction(model: CBMModule) -> None:
+    model.bottleneck.weights = (1.0, 1.0, 0.0)
+    with torch.no_grad():
+        plain = model({"embedding": inputs()})
+        removed = model.intervene(plain, told(c1=torch.nan))
+    # the label still rests on the input, as it did
+    torch.testing.assert_close(removed.logits, plain.logits)
 
 
 def test_corrections_pull_on_other_concepts_through_the_joint_energy() -> None:
