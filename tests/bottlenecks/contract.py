@@ -30,6 +30,7 @@ class Case:
         exact: Whether a corrected concept is predicted as it was corrected.
         exports: Whether ``torch.export`` takes the prediction path.
         losses: Names of its losses in a training step, beside ``label``.
+        compares: Whether a loss compares the samples of a batch, and so depends on how these are divided.
     """
 
     make: Callable[[], Bottleneck]
@@ -39,6 +40,7 @@ class Case:
     exact: bool = True
     exports: bool = True
     losses: tuple[str, ...] = ("concept",)
+    compares: bool = False
 
 
 def texts() -> ConceptSet:
@@ -70,11 +72,14 @@ CASES: dict[str, Case] = {
         closed=False,
         losses=("concept", "imitation"),
     ),
-    "sparse_cbm": Case(lambda: bottlenecks.ConceptLayerBottleneck(), options={"concepts": texts()}, losses=("gumbel",)),
+    "sparse_cbm": Case(
+        lambda: bottlenecks.ConceptLayerBottleneck(), options={"concepts": texts()}, losses=("gumbel",), compares=True
+    ),
     "botcl": Case(
         lambda: bottlenecks.SlotBottleneck(width=8, initial_sum=1.0),
         options={"concepts": 5},
         losses=("retrieval", "area", "quantization", "distinctiveness", "consistency"),
+        compares=True,
     ),
     "sl_cbm": Case(
         lambda: bottlenecks.SpatialBottleneck(losses=("entropy", "mask")), losses=("concept", "entropy", "mask")

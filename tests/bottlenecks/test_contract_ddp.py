@@ -38,6 +38,8 @@ def test_two_processes_train_and_score_like_one(runs: Path, name: str) -> None:
     assert "error" not in found, found["error"]
     assert found["one"].keys() == found["two"].keys()
     for key, value in found["one"].items():
+        if CASES[name].compares and "loss" in key:
+            continue
         assert found["two"][key] == pytest.approx(value, abs=1e-5), key
     first, second = (torch.load(runs / name / f"rank {rank}.pt", weights_only=True) for rank in (0, 1))
     assert first.keys() == second.keys()
