@@ -184,8 +184,10 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, kind in zip(figure.subplots(1, 2), ("train", "predict"), strict=True):
-        for method, rows in table.groupby("method", sort=False):
-            axes.plot(rows["K"], rows[f"{kind} ms"], marker="o", markersize=3, label=method)
+        for i, (method, rows) in enumerate(table.groupby("method", sort=False)):
+            # the colours repeat after ten
+            style = "-" if i < 10 else "--"
+            axes.plot(rows["K"], rows[f"{kind} ms"], style, marker="o", markersize=3, label=method)
         axes.set(xscale="log", yscale="log", xlabel="concepts", ylabel="ms a batch")
         axes.set_title({"train": "training step", "predict": "prediction"}[kind])
         axes.set_xticks(sorted(set(table["K"])), [str(k) for k in sorted(set(table["K"]))])
