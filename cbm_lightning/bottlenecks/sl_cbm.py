@@ -125,6 +125,8 @@ class SpatialBottleneck(ScalarBottleneck):
             raise ValueError(f"pool: expected one of {get_args(Pool)}, got {pool!r}")
         if query is not None and pool != "attention":
             raise ValueError(f"query: only pool='attention' asks, got pool={pool!r}; leave the query out")
+        if query is not None and query.randint:
+            raise ValueError("query: only its scores are read; give randint to the SpatialBottleneck itself")
         if concept_loss not in ("module", "l1"):
             raise ValueError(f"concept_loss: expected 'module' or 'l1', got {concept_loss!r}")
         if isinstance(losses, str) or set(losses) - set(get_args(Extra)):

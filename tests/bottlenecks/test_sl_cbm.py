@@ -470,3 +470,8 @@ def test_features_computed_before_bring_tokens() -> None:
     assert prediction.concepts.maps is None
     with pytest.raises(NoExactMaps, match="tokens on a grid"):
         Subject(model).exact_maps(prediction.concepts)
+
+
+def test_randint_of_the_query_is_refused() -> None:
+    with pytest.raises(ValueError, match="query: only its scores are read; give randint"):
+        SpatialBottleneck(query=LinearBottleneck(randint=0.5))
