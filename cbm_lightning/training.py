@@ -114,7 +114,9 @@ class PhasedTraining(PortableModule):
         dry = bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
         self._starts = list(range(len(self.phases))) if dry else phase_starts(self.phases, self.trainer.max_epochs)
         trainable = {name for name in PARTS if any(p.requires_grad for p in self._part(name).parameters())}
-        check_trains(self.phases, {name for name in PARTS if any(True for _ in self._part(name).parameters())})
+        owned = {name: set(self._part(name).parameters()) for name in PARTS}
+        if set(self.parameters()) == set().union(*owned.values()):  # what a subclass adds trains in every phase
+            check_trains(self.phases, {name for name, parameters in owned.items() if parameters})
         check_strategy(self.trainer.strategy, self.phases, self.loss_weights, trainable)
         check_monitors(self.trainer, self.phases, self.loss_weights, self.monitor)
         check_stopping(self.trainer, self.phases, self._starts)

@@ -229,6 +229,34 @@ def test_a_phase_that_trains_nothing_is_refused() -> None:
         quiet_trainer().fit(model, ToyData())
 
 
+def test_what_a_subclass_adds_is_something_to_train() -> None:
+    class Wider(CBMModule):
+        def __init__(self, **options) -> None:
+            super().__init__(**options)
+            self.extra = torch.nn.Parameter(torch.zeros(()))
+
+        def label_loss(self, logits, label):
+            return super().label_loss(logits + self.extra * logits.detach().sin(), label)
+
+    model = Wider(
+        backbone=ToyBackbone(),
+        bottleneck=Discovers(),
+        head=FirstValues(),
+        concepts=4,
+        num_classes=CLASSES,
+        phases=[{"name": "mine", "train": ["head"]}],
+    )
+    quiet_trainer(max_steps=3, limit_val_batches=0).fit(model, ToyData())
+    assert model.extra != 0
+
+
+class FirstValues(LabelHead):
+    """Reads the first concepts as classes; has no parameters."""
+
+    def classify(self, values, output):
+        return values[..., :CLASSES]
+
+
 def test_a_correction_of_a_pass_through_model_is_the_bottlenecks_own_business() -> None:
     model = make(OwnsLabel()).eval()
     with torch.no_grad():

@@ -19,6 +19,7 @@ from cbm_lightning.interventions import InterventionEngine, Units
 from cbm_lightning.interventions.policies import UCP
 from cbm_lightning.phases import PARTS, Phase
 from cbm_lightning.randomness import step_generator
+from cbm_lightning.saliency import concept_maps
 from cbm_lightning.types import Intervention
 
 every = pytest.mark.parametrize("name", CASES)
@@ -184,6 +185,15 @@ def test_the_engine_corrects_it(name: str) -> None:
     torch.testing.assert_close(found.logits[0], waiting.prediction.logits, atol=1e-5, rtol=1e-5)
     assert found.corrected.tolist() == [[0] * 6, [1] * 6, [count] * 6]
     assert found.logits.isfinite().all()
+
+
+@every
+def test_it_has_concept_maps(name: str) -> None:
+    model = make(name).eval()
+    maps = concept_maps(model, batch()["image"], "auto")
+    assert maps.shape == (6, len(model.concept_set), 16, 16)
+    assert maps.isfinite().all()
+    assert maps.any()
 
 
 # ---------------------------------------------------------------- training
